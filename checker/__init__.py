@@ -1,0 +1,1 @@
+"""The program that checks the katas."""

@@ -1,0 +1,1 @@
+"""What runs in the worker process beside the learner's code; the only package that imports torch."""

@@ -1,0 +1,1 @@
+"""The reference solutions, one module per day."""
