@@ -120,6 +120,7 @@ class Track:
     @classmethod
     def load(cls, folder: Path) -> Track:
         """Read track.toml of `folder`; raises TrackError with file and line when it is wrong."""
+        folder = folder.resolve()
         file = folder / "track.toml"
         if not file.is_file():
             raise TrackError(f"{folder} is no track: it has no track.toml; give a folder that has one with --track.")

@@ -172,6 +172,11 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, which takes a second, to keep it out of this class."""
+        return False
+
     def __init__(self, guard: Guard, ban: Ban) -> None:
         super().__init__()
         self.guard, self.ban = guard, ban

@@ -28,8 +28,8 @@ CLASSES = (
     "checker.judge.failures.Mismatch", "checker.judge.plugin.Judge", "checker.judge.recorder.Solution", "checker.judge.events.Channel",
     "checker.judge.meter.Meter", "checker.judge.forbidden.Guard", "checker.judge.forbidden._Functions", "checker.judge.forbidden._Operations",
 )  # fmt: skip
-# torch fills these in by itself on first use
-_LAZY = {"_logging", "_dynamo", "_inductor", "compiler", "export", "fx", "onnx", "ao", "quantization"}
+# torch wraps these itself when its compiler is first imported, which an optimizer's constructor does
+_WRAPPED_LATE = {"torch.manual_seed", "torch.nn.Module.__init__", "torch.nn.Module.__setstate__"}
 
 
 def snapshot() -> dict[str, dict[str, Any]]:
@@ -56,9 +56,9 @@ def changed(before: dict[str, dict[str, Any]]) -> list[str]:
     for name, old in before.items():
         now = _namespace(name)
         for key, value in old.items():
-            if not callable(value) or key in _LAZY or (key.startswith("__") and name in MODULES):
+            if not callable(value) or (key.startswith("__") and name in MODULES):
                 continue
-            if now.get(key, None) is not value:
+            if now.get(key) is not value and f"{name}.{key}" not in _WRAPPED_LATE:
                 found.append(f"{name}.{key}")
     return found
 

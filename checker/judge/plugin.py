@@ -28,6 +28,7 @@ from checker.judge.meter import unmetered
 from checker.judge.recorder import Solution
 
 Request = dict[str, Any]
+NO_BAN = Ban(())
 
 
 class Judge:
@@ -45,6 +46,7 @@ class Judge:
         self.bans = {name: Ban(task["forbidden"]) for name, task in self.tasks.items()}
         self.problems: dict[str, Exception | Forbidden] = {}  # task -> what every test of it must raise
         self.items: list[pytest.Item] = []
+        self.canary: pytest.Item | None = None
         self.module: ModuleType | None = None
         self.solution: Solution | None = None
         self.reference: ModuleType | None = None
@@ -56,6 +58,7 @@ class Judge:
 
     # pytest's hooks
 
+    @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         """Declare the marker, and let pytest's own reporter talk to nobody."""
         config.addinivalue_line("markers", "task(name): the task of kata.toml that a test belongs to")
@@ -97,6 +100,10 @@ class Judge:
         if self.faults:
             self.send("fault", message="\n".join(self.faults)[:4000])
             return True
+        if not self.items:
+            self.send("fault", message="the spec has no test for this")
+            return True
+        self.canary = self.make_canary()
         self.load_reference()
         if self.request["mode"] == "mutants":
             from checker.judge import mutation
@@ -106,10 +113,10 @@ class Judge:
         before = snapshot()
         if not self.load_solution():
             return True
-        for item, following in zip(self.items, [*self.items[1:], None], strict=True):
+        for item in self.items:
             self.send("start", test=test_id(item))
             started = time.perf_counter()
-            failure = self.results[test_id(item)] = self.run(item, following)
+            failure = self.results[test_id(item)] = self.run(item)
             record = None if failure is None else failure.record()
             self.send("finish", test=test_id(item), seconds=time.perf_counter() - started, failure=record)
         self.finish(before)
@@ -124,7 +131,7 @@ class Judge:
         problem = self.problems.get(item.kata_task)
         if problem is not None:
             raise problem
-        with self.module_calls(), self.guard.watch(self.bans[item.kata_task], item.kata_task):
+        with self.module_calls(), self.guard.watch(self.bans.get(item.kata_task, NO_BAN), item.kata_task):
             result = yield
         if self.guard.seen is not None:
             raise self.guard.seen
@@ -139,16 +146,16 @@ class Judge:
 
     # Running one test
 
-    def run(self, item: pytest.Item, following: pytest.Item | None = None) -> Failure | None:
+    def run(self, item: pytest.Item) -> Failure | None:
         """Run one test on the current solution; None if it passed."""
         self._failure = None
         self.solution.calls.clear()
         self.solution.used.clear()
         if self.trace_fd is not None:
-            limit = self.tasks[item.kata_task]["time_limit"]
+            limit = self.tasks[item.kata_task]["time_limit"] if item.kata_task else 10.0
             faulthandler.dump_traceback_later(limit + 0.3, file=self.trace_fd)
         try:
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following or item)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.canary if item is not self.canary else self.items[0])
         finally:
             if self.trace_fd is not None:
                 faulthandler.cancel_dump_traceback_later()
@@ -266,7 +273,7 @@ class Judge:
 
     def finish(self, before: dict[str, dict[str, Any]]) -> None:
         """Run the test that must fail, compare what the verdict relies on, and send the sealed outcomes."""
-        canary = self.canary()
+        canary = self.canary_state()
         touched = changed(before)
         outcomes = {name: "passed" if failure is None else failure.kind for name, failure in self.results.items()}
         others = [
@@ -278,10 +285,8 @@ class Judge:
             "outcomes", pid=os.getpid(), outcomes=outcomes, canary=canary, touched=touched[:5], threads=others[:5]
         )
 
-    def canary(self) -> str:
-        """'failed' if a test that must fail does fail, as it should; anything else means that the machinery was changed."""
-        if not self.items:
-            return "failed"
+    def make_canary(self) -> pytest.Item:
+        """A test that must fail, and that goes through the same machinery as the others."""
 
         def must_fail() -> None:
             from checker.testing import assert_close
@@ -289,16 +294,17 @@ class Judge:
             assert_close(torch.ones(2), torch.zeros(2))
 
         item = pytest.Function.from_parent(self.items[0].parent, name="canary", callobj=must_fail)
-        item.kata_task = self.items[0].kata_task
-        problem = self.problems.pop(item.kata_task, None)
-        failure = self.run(item)
-        if problem is not None:
-            self.problems[item.kata_task] = problem
+        item.kata_task = ""
+        return item
+
+    def canary_state(self) -> str:
+        """'failed' if the test that must fail does fail, as it should; else the machinery was changed."""
+        failure = self.run(self.canary)
         return "failed" if failure is not None and failure.kind == "mismatch" else "passed"
 
     def measure_costs(self, session: pytest.Session) -> None:
         """Meter the cost cases of the tasks that passed, on the learner's module and on the reference's."""
-        if not self.request.get("cost") or not self.items:
+        if not self.request.get("cost"):
             return
         failed = {item.kata_task for item in self.items if self.results.get(test_id(item)) is not None}
         passed = {item.kata_task for item in self.items} - failed

@@ -1,0 +1,50 @@
+"""What the worker is asked: one plain record per check, with every source text in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from checker.track import Kata, Track
+from checker.worker import Limits
+
+
+def check(
+    track: Track,
+    kata: Kata,
+    sources: Mapping[str, tuple[str, str]],
+    *,
+    seed: int,
+    device: str = "cpu",
+    only: list[str] | None = None,
+    cost: bool = True,
+    variant: dict[str, Any] | None = None,
+    helpers: str | None = None,
+) -> dict[str, Any]:
+    """A request for one check of `kata`.
+
+    `sources` maps folder names of the track to (path, source): the day's own file, and the files of earlier days that are passed.
+    """
+    return {
+        "mode": "check",
+        "kata": {
+            "slug": kata.slug,
+            "folder": str(kata.folder),
+            "tasks": [task.to_json() for task in kata.tasks],
+            "dtypes": list(kata.dtypes),
+        },
+        "sources": {slug: {"path": path, "source": source} for slug, (path, source) in sources.items()},
+        "reference": str(track.reference),
+        "days": track.slugs if kata.slug in track.slugs else [*track.slugs, kata.slug],
+        "device": device,
+        "seed": seed,
+        "only": only,
+        "cost": cost,
+        "variant": variant,
+        "helpers": helpers,
+    }
+
+
+def limits(kata: Kata, *, device: str = "cpu", diagnosis: float = 6.0) -> Limits:
+    """The limits of a check: the kata's time, and no limit on address space where a GPU maps more than any limit allows."""
+    return Limits(total=kata.time_limit, diagnosis=diagnosis, memory=Limits.memory if device == "cpu" else 0)
