@@ -68,13 +68,8 @@ class Store:
     @classmethod
     def _open(cls, path):
         storefile.make_folder(path.parent)
-        db = storefile.connect_or_create(path)
-        kept = None
+        db, kept = storefile.open_sound(path)
         try:
-            if storefile.find_damage(db):
-                db.close()
-                kept = storefile.move_aside(path)
-                db = storefile.connect_or_create(path)
             _refuse_strangers(path, db)
             migrations.migrate(db)
         except BaseException:

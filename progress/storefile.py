@@ -68,17 +68,20 @@ def create(path: Path) -> None:
             os.fsync(descriptor)
 
 
-def connect_or_create(path: Path) -> sqlite3.Connection:
-    """A connection to the file, which is created first if need be."""
+def open_sound(path: Path) -> tuple[sqlite3.Connection, Path | None]:
+    """A connection to a sound file, created if need be, and where a damaged one was moved for it."""
+    kept = None
     for _ in range(_TRIES):
         create(path)
-        try:
-            return connect(path)
-        except sqlite3.OperationalError:
+        # While this process looks at the file nobody moves it: who closes a file that has another name by
+        # then would delete the log of the next one.
+        with _folder_lock(path.parent, shared=True):
             if path.exists():
-                raise
-            # Another process has just moved a damaged file aside.
-    raise StoreError(f"{path} disappears as soon as it is made: end what removes it and try again.")
+                damage = _damage_untouched(path)
+                if damage is None:
+                    return connect(path), kept
+        kept = move_aside(path) or kept
+    raise StoreError(f"{path} is damaged or removed as soon as it is made: end what does that and try again.")
 
 
 def find_damage(db: sqlite3.Connection) -> str | None:
@@ -95,11 +98,8 @@ def find_damage(db: sqlite3.Connection) -> str | None:
 def move_aside(path: Path) -> Path | None:
     """Keep a damaged file under another name, with its log; None where another process already did."""
     with _folder_lock(path.parent):
-        if not path.exists():
+        if not path.exists() or _damage_untouched(path) is None:
             return None
-        with closing(connect(path)) as db:
-            if find_damage(db) is None:
-                return None
         kept = _aside(path)
         # The log goes first: a kill between the two must not leave it to the next file of this name.
         _move(path, (*_SIDECARS, ""), kept)
@@ -113,6 +113,16 @@ def copy_for_reading(path: Path, folder: Path) -> Path:
         if original.exists():
             shutil.copyfile(original, folder / original.name)
     return folder / path.name
+
+
+def _damage_untouched(path):
+    """What is broken, found by a reader: the last writer to close a file would delete its log."""
+    try:
+        with closing(connect(path, "ro")) as db:
+            return find_damage(db)
+    except sqlite3.OperationalError:  # a killed process left a transaction that must be rolled back first
+        with closing(connect(path)) as db:
+            return find_damage(db)
 
 
 def _build(path):
@@ -168,28 +178,28 @@ def _sweep(path):
 
 
 @contextmanager
-def _folder_lock(folder: Path) -> Iterator[int]:
-    """Be the only process that creates or moves the file; the lock falls with the process."""
+def _folder_lock(folder: Path, shared: bool = False) -> Iterator[int]:
+    """Keep others from creating or moving the file (shared), or be the only one who may."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
-            _wait_for_lock(descriptor, folder)
+            _wait_for_lock(descriptor, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _wait_for_lock(descriptor, folder):
+def _wait_for_lock(descriptor, folder, kind):
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"Another process keeps {folder} locked: wait until it has ended and try again."
                 ) from None
-            time.sleep(0.01)
+            time.sleep(0.002)
         except OSError:  # a file system without locks
             return

@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import uuid
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import FrozenInstanceError, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_where_the_log_breaks_the_rollback_journal_does(path, monkeypatch):
 
 def test_who_creates_second_keeps_what_the_first_one_wrote(path, monkeypatch):
     """Without any lock: the other process is quicker between the look and the link."""
-    monkeypatch.setattr(storefile, "_folder_lock", lambda folder: nullcontext(-1))
+    monkeypatch.setattr(storefile, "_wait_for_lock", lambda *_: None)
     build, one = storefile._build, attempt()
 
     def while_another_creates(temporary):
@@ -214,6 +214,40 @@ def test_the_log_of_a_damaged_store_is_kept_with_it(path):
     Path(f"{path}-wal").write_bytes(b"log")
     with Store.open(path) as store:
         assert Path(f"{store.damaged_kept_at}-wal").read_bytes() == b"log"
+
+
+def test_a_log_with_the_newest_work_is_kept_with_its_damaged_store(path):
+    with Store.open(path) as store:
+        store.record(attempt(), "x = 1\n" * 100)
+        files = {suffix: Path(f"{path}{suffix}").read_bytes() for suffix in ("", "-wal")}
+    files[""] = files[""][:4096] + b"\xaa" * (len(files[""]) - 4096)
+    assert files["-wal"]
+    for suffix, data in files.items():
+        Path(f"{path}{suffix}").write_bytes(data)
+    with Store.open(path) as store:
+        kept = store.damaged_kept_at
+        assert {suffix: Path(f"{kept}{suffix}").read_bytes() for suffix in files} == files
+        assert store.attempts() == []
+
+
+def test_a_transaction_that_a_kill_left_open_is_no_damage(path, monkeypatch):
+    """With the rollback journal, the next writer must undo it first, which a reader may not."""
+    monkeypatch.setattr(storefile, "_build", lambda file: storefile._build_with(file, "DELETE"))
+    one = attempt()
+    with Store.open(path) as store:
+        store.add_attempt(one)
+        store._db.execute("PRAGMA cache_size = 1")
+        store._db.execute("BEGIN IMMEDIATE")
+        for number in range(200):
+            store._add("INSERT INTO sources VALUES (?, ?)", (str(number), bytes(4000)))
+        torn = {suffix: Path(f"{path}{suffix}").read_bytes() for suffix in ("", "-journal")}
+        store._db.execute("ROLLBACK")
+    for suffix, data in torn.items():
+        Path(f"{path}{suffix}").write_bytes(data)
+    with Store.open(path) as store:
+        assert store.damaged_kept_at is None
+        assert store.attempts() == [one]
+        assert store._db.execute("SELECT count(*) FROM sources").fetchone() == (0,)
 
 
 def test_two_damaged_stores_in_one_second_are_both_kept(path, monkeypatch):
@@ -594,6 +628,27 @@ def test_the_number_of_queries_does_not_grow_with_the_progress(store):
 
 
 # Transactions
+
+
+def test_every_write_takes_the_lock_before_it_looks(store):
+    """A transaction that reads before it writes may be refused at once, without any waiting."""
+    writes = [
+        lambda: store.add_attempt(attempt()),
+        lambda: store.record(attempt(), "x = 1\n"),
+        lambda: store.add_snapshot("day01", "x = 2\n", "check"),
+        lambda: store.take_hint("day01", "split", 1),
+        lambda: store.saw_solution("day01", True),
+        lambda: store.mark_started("day01"),
+        lambda: progress.import_json(store, progress.export_json(store)),
+    ]
+    for write in writes:
+        seen = []
+        store._db.set_trace_callback(seen.append)
+        write()
+        store._db.set_trace_callback(None)
+        first = next(number for number, text in enumerate(seen) if text.startswith(("BEGIN", "INSERT")))
+        assert seen[first] == "BEGIN IMMEDIATE" and seen[-1] == "COMMIT"
+        assert sum(text.startswith(("BEGIN", "COMMIT")) for text in seen) == 2
 
 
 def test_a_transaction_that_fails_keeps_nothing(store):

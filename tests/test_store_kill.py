@@ -70,9 +70,18 @@ def test_many_processes_that_create_at_once_share_one_store(tmp_path):
         assert [file.name for file in path.parent.iterdir()] == ["progress.db"]
 
 
-def test_many_processes_that_find_a_damaged_store_keep_it_once(tmp_path):
+@pytest.mark.parametrize("kind", ["garbage", "broken pages and a log"])
+def test_many_processes_that_find_a_damaged_store_keep_it_once(tmp_path, kind):
     path = tmp_path / "progress.db"
-    path.write_bytes(b"no database at all" * 100)
+    log = Path(f"{path}-wal")
+    data = b"no database at all" * 100
+    if kind != "garbage":
+        with Store.open(path) as store:
+            store.add_snapshot("day01", "x = 1\n", "check")
+            saved = log.read_bytes()
+            data = path.read_bytes()[:4096] + b"\xaa" * 40960
+        log.write_bytes(saved)
+    path.write_bytes(data)
     writers = [start("write", path, 5) for _ in range(5)]
     ids = set()
     for writer in writers:
@@ -82,7 +91,10 @@ def test_many_processes_that_find_a_damaged_store_keep_it_once(tmp_path):
     assert len(ids) == 25
     with Store.open(path) as store:
         assert {attempt.id for attempt in store.attempts()} == ids
-    assert [file.read_bytes() for file in tmp_path.glob("*.damaged-*")] == [b"no database at all" * 100]
+    kept = [file for file in tmp_path.glob("*.damaged-*") if file.name[-4:] not in ("-wal", "-shm")]
+    assert [file.read_bytes() for file in kept] == [data]
+    if kind != "garbage":
+        assert Path(f"{kept[0]}-wal").read_bytes() == saved
 
 
 def test_what_was_acknowledged_survives_two_hundred_kills(tmp_path):
