@@ -341,6 +341,41 @@ def test_a_store_that_another_process_keeps_locked_is_one_sentence(path, monkeyp
         assert store.add_attempt(attempt())
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_who_creates_or_moves_the_file_is_waited_for(path, monkeypatch, there):
+    monkeypatch.setattr(storefile, "BUSY_SECONDS", 0.05)
+    path.parent.mkdir()
+    if there:
+        Store.open(path).close()
+    with storefile._folder_lock(path.parent):
+        with pytest.raises(StoreError, match="locked") as error:
+            Store.open(path)
+        assert one_sentence(error)
+    assert path.exists() == there
+    Store.open(path).close()
+
+
+def test_who_only_looks_at_the_file_is_not_waited_for(path):
+    Store.open(path).close()
+    with storefile._folder_lock(path.parent, shared=True), Store.open(path) as store:
+        assert store.add_attempt(attempt())
+
+
+def test_a_step_that_another_process_has_just_applied_is_left_alone(path, monkeypatch):
+    Store.open(path).close()
+    applied, looks = migrations.applied, []
+
+    def stale_at_first(db):
+        looks.append(applied(db))
+        return [] if len(looks) == 1 else looks[-1]
+
+    with closing(storefile.connect(path)) as db:
+        monkeypatch.setattr(migrations, "applied", stale_at_first)
+        migrations.migrate(db)
+        assert len(looks) == 1 + len(migrations.MIGRATIONS)
+        assert db.execute("SELECT count(*) FROM migrations").fetchone() == (len(migrations.MIGRATIONS),)
+
+
 def test_a_writer_waits_five_seconds(store):
     assert store._db.execute("PRAGMA busy_timeout").fetchone() == (5000,)
 
