@@ -115,7 +115,9 @@ def _reference(kata: Kata) -> str:
 
 def _signature(node: ast.FunctionDef | ast.ClassDef) -> str:
     if isinstance(node, ast.ClassDef):
-        inner = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
+        inner = next(
+            (part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None
+        )
         return _signature(inner) if inner is not None else "()"
     args = node.args
     for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs]:
@@ -134,7 +136,12 @@ def decorated(source: str, decorator: str) -> list[tuple[str, str]]:
     found = []
     for node in ast.parse(source).body:
         for mark in getattr(node, "decorator_list", []):
-            if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == decorator and mark.args:
+            if (
+                isinstance(mark, ast.Call)
+                and isinstance(mark.func, ast.Name)
+                and mark.func.id == decorator
+                and mark.args
+            ):
                 found.append((node.name, ast.literal_eval(mark.args[0])))
     return found
 
@@ -154,12 +161,24 @@ def _decorators(kata: Kata) -> list[str]:
     names = {name for task in kata.tasks for name in task.names}
     found = []
     wrong = misconceptions(kata)
-    found += [f"misconceptions.py: {name} replaces {target}, which is no name of a task" for name, target in wrong if target not in names]
-    found += [f"misconceptions.py has two things called {name}" for name in {n for n, _ in wrong} if [n for n, _ in wrong].count(name) > 1]
+    found += [
+        f"misconceptions.py: {name} replaces {target}, which is no name of a task"
+        for name, target in wrong
+        if target not in names
+    ]
+    found += [
+        f"misconceptions.py has two things called {name}"
+        for name in {n for n, _ in wrong}
+        if [n for n, _ in wrong].count(name) > 1
+    ]
     if not wrong:
         found.append("misconceptions.py has no misconception")
     others = decorated(kata.text("alternatives.py"), "alternative")
-    found += [f"alternatives.py: {name} replaces {target}, which is no name of a task" for name, target in others if target not in names]
+    found += [
+        f"alternatives.py: {name} replaces {target}, which is no name of a task"
+        for name, target in others
+        if target not in names
+    ]
     if not others:
         found.append("alternatives.py has no alternative")
     return found

@@ -40,9 +40,7 @@ class Mutant:
     source: str
 
 
-def generate(
-    source: str, *, names: Collection[str] | None = None, limit_per_name: int | None = None
-) -> list[Mutant]:
+def generate(source: str, *, names: Collection[str] | None = None, limit_per_name: int | None = None) -> list[Mutant]:
     """Return the mutants of a module's top-level functions and classes, in source order.
 
     names: only mutate these top-level names; those that the module does not define are ignored

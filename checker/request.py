@@ -19,11 +19,11 @@ def check(
     only: list[str] | None = None,
     cost: bool = True,
     variant: dict[str, Any] | None = None,
-    helpers: str | None = None,
+    helpers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A request for one check of `kata`.
 
-    `sources` maps folder names of the track to (path, source): the day's own file, and the files of earlier days that are passed.
+    `helpers` are other files of the workspace by name, for a file that imports them. `sources` maps folder names of the track to (path, source): the day's own file, and the files of earlier days that are passed.
     """
     return {
         "mode": "check",
@@ -41,7 +41,7 @@ def check(
         "only": only,
         "cost": cost,
         "variant": variant,
-        "helpers": helpers,
+        "helpers": dict(helpers or {}),
     }
 
 

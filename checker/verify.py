@@ -73,7 +73,11 @@ class _Proof:
     def steps(self) -> Iterator[Step]:
         files = authoring.problems(self.kata)
         yield Step("files", not files, "stub, reference, lesson, hints and decorators agree", tuple(files))
-        if any("missing" in problem or "line" in problem or "has no" in problem for problem in files if "docstring" not in problem):
+        if any(
+            "missing" in problem or "line" in problem or "has no" in problem
+            for problem in files
+            if "docstring" not in problem
+        ):
             return
         yield self.stub()
         reference = self.of_reference()
@@ -91,11 +95,15 @@ class _Proof:
 
     def judged(self, source: str, **options: Any) -> tuple[verdict.Verdict, Run]:
         run = self.run(source, **options)
-        return verdict.judge(self.kata, run, seed=options.get("seed", SEEDS[0]), device="cpu", only=options.get("only")), run
+        return verdict.judge(
+            self.kata, run, seed=options.get("seed", SEEDS[0]), device="cpu", only=options.get("only")
+        ), run
 
     def stub(self) -> Step:
         found, run = self.judged(self.kata.text("stub.py"))
-        problems = [] if found.outcome == verdict.FAILED else [f"the stub's check ended as {found.outcome}: {found.message}"]
+        problems = (
+            [] if found.outcome == verdict.FAILED else [f"the stub's check ended as {found.outcome}: {found.message}"]
+        )
         for task in found.tasks:
             for test in task.tests:
                 if test.state != "open":
@@ -115,9 +123,16 @@ class _Proof:
             if problems:
                 break
         if slowest * HEADROOM > self.kata.time_limit:
-            problems.append(f"the tests take {slowest:.1f} s; time_limit {self.kata.time_limit:g} must be three times that")
+            problems.append(
+                f"the tests take {slowest:.1f} s; time_limit {self.kata.time_limit:g} must be three times that"
+            )
         self.facts.update(tests=len(self.durations), seconds=round(slowest, 2), seeds=len(SEEDS))
-        return Step("reference", not problems, f"passes {len(self.durations)} tests on {len(SEEDS)} seeds in {slowest:.2f} s", tuple(problems))
+        return Step(
+            "reference",
+            not problems,
+            f"passes {len(self.durations)} tests on {len(SEEDS)} seeds in {slowest:.2f} s",
+            tuple(problems),
+        )
 
     def alternatives(self) -> Step:
         rounds = authoring.alternative_rounds(self.kata)
@@ -162,7 +177,9 @@ class _Proof:
             reached = reach.get(mutant.top, set())
             tasks = [task.name for task in self.kata.tasks if reached.intersection(task.names)] or every
             jobs.append({"key": mutant.key, "source": mutant.source, "tasks": tasks})
-        asked = request.check(self.track, self.kata, {self.kata.slug: (self.path, self.reference)}, seed=SEEDS[0], cost=False)
+        asked = request.check(
+            self.track, self.kata, {self.kata.slug: (self.path, self.reference)}, seed=SEEDS[0], cost=False
+        )
         asked.update(mode="mutants", mutants=jobs, durations=self.durations, jobs=os.cpu_count() or 1)
         run = self.worker.run(asked, request.limits(self.kata))
         killed = {event["key"]: event["killed_by"] for event in run.of("mutant")}
@@ -182,14 +199,18 @@ class _Proof:
         if score < WANTED_SCORE:
             problems.append(f"the mutation score is {score:.1%}, below {WANTED_SCORE:.0%}")
         self.facts.update(mutants=len(made), killed=len(made) - len(survivors), score=round(score, 4))
-        summary = f"{len(made) - len(survivors)} of {len(made)} killed ({score:.1%}), {len(survivors)} explained or alive"
+        summary = (
+            f"{len(made) - len(survivors)} of {len(made)} killed ({score:.1%}), {len(survivors)} explained or alive"
+        )
         return Step("mutants", not problems, summary, tuple(problems))
 
 
 def _not_passed(found: verdict.Verdict) -> list[str]:
     problems = [] if found.outcome in (verdict.PASSED, verdict.FAILED) else [f"{found.outcome}: {found.message}"]
     for task in found.tasks:
-        problems += [f"{test.id} of {task.name} is {test.state!r}{_why(test)}" for test in task.tests if test.state != "passed"]
+        problems += [
+            f"{test.id} of {task.name} is {test.state!r}{_why(test)}" for test in task.tests if test.state != "passed"
+        ]
         if not task.tests and not problems:
             problems.append(f"{task.name} has no tests")
     return problems

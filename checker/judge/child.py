@@ -51,7 +51,11 @@ def _surround(request: dict[str, Any], output: int, trace: int) -> None:
     if "" in sys.path:
         sys.path.remove("")
     if request.get("helpers"):
-        sys.path.append(request["helpers"])
+        folder = Path(request["scratch"]) / "helpers"
+        folder.mkdir()
+        for name, source in request["helpers"].items():
+            (folder / name).write_text(source, encoding="utf-8")
+        sys.path.append(str(folder))
     faulthandler.enable(file=trace, all_threads=False)
     _limit(request["limits"])
 

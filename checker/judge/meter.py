@@ -257,9 +257,7 @@ _QUESTIONS = frozenset(
     "_has_compatible_shallow_copy_type".split()
 )
 _MULTIPLICATIONS = frozenset(["mul", "mul_"])
-_CARRIERS = frozenset(
-    ["clone", "_to_copy", "copy_", "div", "div_", "neg", "neg_", "masked_fill", "masked_fill_"]
-)
+_CARRIERS = frozenset(["clone", "_to_copy", "copy_", "div", "div_", "neg", "neg_", "masked_fill", "masked_fill_"])
 _REDUCTIONS = frozenset(["sum", "mean", "nansum"])
 
 
@@ -270,9 +268,7 @@ class _Kind:
     name: str
     role: int
     formula: _Formula | None = None
-    writes: tuple[
-        int | str, ...
-    ] = ()  # arguments whose elements it writes: positions, names where keyword-only
+    writes: tuple[int | str, ...] = ()  # arguments whose elements it writes: positions, names where keyword-only
     resizes: bool = False  # may give a storage among its arguments more bytes
     multiplies: bool = False
     carries: bool = False
@@ -532,9 +528,7 @@ class _Book:
         if torch.bool in (left.dtype, right.dtype) or _storage(left) is None or _storage(right) is None:
             return False
         least = min(_distinct(left), _distinct(right))
-        return (
-            1 < least and least < elements or max(_distinct(left), _distinct(right)) < elements and least > 1
-        )
+        return 1 < least and least < elements or max(_distinct(left), _distinct(right)) < elements and least > 1
 
     def _mark(self, tensors: list[Tensor], product: bool) -> None:
         for tensor in tensors:

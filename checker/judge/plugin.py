@@ -155,7 +155,9 @@ class Judge:
             limit = self.tasks[item.kata_task]["time_limit"] if item.kata_task else 10.0
             faulthandler.dump_traceback_later(limit + 0.3, file=self.trace_fd)
         try:
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.canary if item is not self.canary else self.items[0])
+            item.config.hook.pytest_runtest_protocol(
+                item=item, nextitem=self.canary if item is not self.canary else self.items[0]
+            )
         finally:
             if self.trace_fd is not None:
                 faulthandler.cancel_dump_traceback_later()

@@ -10,4 +10,5 @@ def scale(x, factor=2.0):
 
 @alternative("weights")
 def weights(x):
-    return torch.exp(x - torch.logsumexp(x, 0))
+    shifted = torch.exp(x.sub(torch.amax(x)))
+    return shifted / torch.sum(shifted, dim=0)
