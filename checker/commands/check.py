@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import secrets
@@ -95,7 +96,12 @@ def run(
         app.track, kata, sources, seed=seed, device=device, only=only, helpers=app.workspace.helpers(app.track)
     )
     ran = worker.run(asked, request.limits(kata, device=device), **callbacks)
-    return judge(kata, ran, seed=seed, device=device, only=only), source, started
+    verdict = judge(kata, ran, seed=seed, device=device, only=only)
+    with contextlib.suppress(UserError):
+        if app.workspace.read(kata) != source:
+            note = "your file was saved again while it was checked; this is about what it was before"
+            verdict = dataclasses.replace(verdict, notes=(*verdict.notes, note))
+    return verdict, source, started
 
 
 def earlier(app: App, kata: Kata, source: str) -> dict[str, tuple[str, str]]:

@@ -22,7 +22,7 @@ import torch
 from checker.judge import describe, diagnose, failures, modules
 from checker.judge.events import Channel
 from checker.judge.failures import Failure, Forbidden, Mismatch, SpecFault, WrongSignature
-from checker.judge.forbidden import Ban, Guard, loop_line
+from checker.judge.forbidden import Ban, Guard, forbidden_import, loop_line
 from checker.judge.integrity import Globals, changed, snapshot
 from checker.judge.meter import unmetered
 from checker.judge.recorder import Solution
@@ -210,6 +210,11 @@ class Judge:
         if self.trace_fd is not None:
             faulthandler.dump_traceback_later(self.request["limits"]["import"], file=self.trace_fd)
         self.sources.used.clear()
+        found = None if self.request.get("trusted") else forbidden_import(self.source)
+        if found:
+            message = f"it imports {found[1]}, which belongs to the program: write the code yourself"
+            self.send("not_loaded", message=message, error="ImportError", line=found[0], trace=[])
+            return False
         try:
             self.module = modules.fresh(self.slug, self.source, self.path, self.variant())
         except BaseException as error:
