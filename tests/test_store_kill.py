@@ -21,9 +21,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(progress.__file__).parents[1
 
 def start(*arguments):
     command = [sys.executable, str(HELPER), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process, timeout=60):
