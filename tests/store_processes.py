@@ -1,6 +1,6 @@
 """What the tests of the store let other processes do: python store_processes.py VERB PATH [ARGUMENT]."""
 
-import fcntl  # noqa: F401  imported before the rights are dropped, like tempfile
+import fcntl  # noqa: F401  what is imported on demand must be here before the rights are dropped
 import json
 import os
 import random
@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import urllib.parse  # noqa: F401
 import uuid
 from pathlib import Path
 
