@@ -143,8 +143,6 @@ def record(app: App, kata: Kata, verdict: Verdict, source: str, started: str, *,
     try:
         with app.store() as store:
             store.record(attempt, source)
-            if getattr(store, "damaged_kept_at", None):
-                return f"the progress file was damaged; it is kept as {store.damaged_kept_at}, and a new one was begun."
     except (UserError, StoreError, OSError) as error:
         return f"this attempt was not saved: {error}"
     return ""
