@@ -96,7 +96,7 @@ def verdict_page(found: Verdict, width: int, *, next_step: str, title: bool = Tr
         page.blank()
         page.wrap(note, "dim", 2, "note  ")
     page.blank()
-    page.add(("next  ", "bold"), next_step, indent=2)
+    page.wrap(next_step, "", 2, "next  ")
     return page
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import checker
 from checker.errors import OurFault
-from checker.worker import Limits, Output, Run, Worker, can_fork
+from checker.run import Limits, Output, Run
+from checker.worker import Worker, can_fork
 
 SOCKET = "watch.sock"
 _BUSY = 3.0  # seconds that a check from another terminal waits for the worker before it starts cold
@@ -113,7 +114,9 @@ class Door:
 
     def open(self) -> bool:
         """Begin to listen; False if another watch listens already or the folder does not take a socket."""
-        if connect(self.path.parent) is not None:
+        guest = connect(self.path.parent)
+        if guest is not None:
+            guest.close()
             return False
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -133,9 +136,11 @@ class Door:
 
     def close(self) -> None:
         """Stop listening and remove the socket."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        listening, self._socket = self._socket, None
+        if listening is not None:
+            with contextlib.suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
+            listening.close()
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
@@ -143,7 +148,7 @@ class Door:
         while self._socket is not None:
             try:
                 guest, _ = self._socket.accept()
-            except OSError:
+            except (OSError, AttributeError):  # closed meanwhile
                 return
             threading.Thread(target=self._serve, args=(guest,), daemon=True).start()
 
@@ -167,13 +172,16 @@ def _short(path: Path) -> str:
 
 def connect(folder: Path) -> socket.socket | None:
     """A connection to the watch of this workspace, or None."""
+    if not hasattr(socket, "AF_UNIX"):
+        return None
+    guest = socket.socket(socket.AF_UNIX)
     try:
-        guest = socket.socket(socket.AF_UNIX)
         guest.settimeout(2)
         guest.connect(_short(folder / SOCKET))
-        return guest
-    except (OSError, AttributeError):
+    except OSError:
+        guest.close()
         return None
+    return guest
 
 
 def through_watch(folder: Path, request: dict[str, Any], limits: Limits) -> Run | None:

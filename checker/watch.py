@@ -25,10 +25,10 @@ from checker.commands.read import next_hint
 from checker.commands.solution import difference
 from checker.commands.status import overview
 from checker.errors import OurFault, UserError
+from checker.run import Limits, Run
 from checker.track import Kata, Track, day_of
 from checker.verdict import CANCELLED, PASSED, Verdict
 from checker.warm import Door, WarmChecks
-from checker.worker import Limits, Run
 
 HELP = """\
 # kata watch
@@ -48,7 +48,9 @@ Any key closes this page.
 """
 
 
-KEYS = "n next  h hint  l lesson  t task  a all  s status  d diff  r run  ? help  q quit"
+# No-break spaces: a key and its word stay on one line of a narrow terminal.
+KEYS = "n\N{NO-BREAK SPACE}next  h\N{NO-BREAK SPACE}hint  l\N{NO-BREAK SPACE}lesson  t\N{NO-BREAK SPACE}task  a\N{NO-BREAK SPACE}all  "
+KEYS += "s\N{NO-BREAK SPACE}status  d\N{NO-BREAK SPACE}diff  r\N{NO-BREAK SPACE}run  ?\N{NO-BREAK SPACE}help  q\N{NO-BREAK SPACE}quit"
 
 
 class Reader(ModalScreen[None]):
@@ -156,10 +158,11 @@ class Watch(Screenful[None]):
 
     ENABLE_COMMAND_PALETTE = False
     CSS = """
+    Static { width: 100%; }
     #headline { height: auto; padding: 0 1; background: $boost; }
     #tasks { height: auto; padding: 0 1; }
     #verdict { height: 1fr; padding: 0 1; }
-    #keys { height: auto; padding: 0 1; background: $boost; color: $text-muted; }
+    #keys { height: auto; padding: 0 1; text-wrap: wrap; background: $boost; color: $text-muted; }
     #notice { height: auto; padding: 0 1; color: $text-warning; }
     Reader { align: center middle; }
     #reader { width: 100%; height: 100%; padding: 1 2; background: $surface; border: solid $primary; }

@@ -19,11 +19,12 @@ from checker import render, request
 from checker.app import App
 from checker.authoring import Hints
 from checker.errors import FAULT, NOT_PASSED, PASSED, UserError
+from checker.run import Limits, Run
 from checker.track import Kata
 from checker.verdict import ERROR, Verdict, judge, to_junit
 from checker.verdict import FAULT as OUR_FAULT
 from checker.verdict import PASSED as PASS
-from checker.worker import Limits, Run, Worker, can_fork
+from checker.worker import Worker, can_fork
 from checker.workspace import write_whole
 from progress import Attempt, StoreError, now, source_sha
 
