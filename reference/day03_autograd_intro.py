@@ -128,9 +128,7 @@ def _scalar_at(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return value
 
 
-def _derivative(
-    value: Tensor, leaf: Tensor, weights: Tensor | None = None, create_graph: bool = False
-) -> Tensor:
+def _derivative(value: Tensor, leaf: Tensor, weights: Tensor | None = None, create_graph: bool = False) -> Tensor:
     """The gradient at leaf of value (or of the sum of weights * value); zeros where value does not depend on it."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)

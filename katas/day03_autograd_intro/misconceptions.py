@@ -56,7 +56,7 @@ def grad_of__asks_x_itself(f, x):
         x.requires_grad_()
         value = _scalar(f(x))
         if value.requires_grad:
-            value.backward()
+            value.backward(inputs=[x])
     return torch.zeros_like(x) if x.grad is None else x.grad
 
 
@@ -209,20 +209,12 @@ def frozen_product__wrong_factor(x, y):
 
 @misconception(
     "frozen_product",
-    "no_grad stops the recording of everything in its region, so x gets no gradient, either. What you want is smaller: cut "
-    "the one edge that leads to y.",
+    "x gets no gradient, either. no_grad stops the recording of everything in its region, and detaching the finished product "
+    "cuts off both factors. What you want is smaller: cut the one edge that leads to y.",
 )
 def frozen_product__no_grad(x, y):
     with torch.no_grad():
         return x * y
-
-
-@misconception(
-    "frozen_product",
-    "You detached the finished product, and with it both factors. Cut before the multiplication, and only on one side.",
-)
-def frozen_product__detaches_the_product(x, y):
-    return (x * y.clone()).detach()
 
 
 @misconception(
@@ -251,7 +243,8 @@ def frozen_product__switches_y_off(x, y):
 @misconception(
     "straight_through_round",
     "The values are right, and the gradient is zero everywhere: a staircase is flat between its steps, so rounding passes "
-    "nothing on. Backward has to see something else than forward.",
+    "nothing on. Adding and taking away x in the open does not help, the two cancel in backward as well. Something has to be "
+    "a constant for backward that is none for forward.",
 )
 def straight_through_round__plain(x):
     return x.round()
@@ -264,15 +257,6 @@ def straight_through_round__plain(x):
 )
 def straight_through_round__cut_off(x):
     return x.detach().round()
-
-
-@misconception(
-    "straight_through_round",
-    "x + (round(x) - x) has the right values, but backward sees all three terms: the two x cancel, and the staircase adds "
-    "nothing. The bracket has to be a constant for backward.",
-)
-def straight_through_round__nothing_frozen(x):
-    return x + (x.round() - x) * 1.0 + 0.0
 
 
 @misconception(
@@ -362,15 +346,9 @@ def finite_difference__moves_everything(f, x, eps=1e-6):
     "between, nothing is put back at all: the caller's x is not the same afterwards.",
 )
 def finite_difference__moves_x_itself(f, x, eps=1e-6):
-    point = (
-        x.detach()
-        if x.dtype == torch.float64 and x.stride() != () and 0 not in x.stride()
-        else x.detach().double()
-    )
+    point = x.detach() if x.dtype == torch.float64 and x.stride() != () and 0 not in x.stride() else x.detach().double()
     slopes = torch.zeros(x.shape, dtype=torch.float64)
-    for index in (
-        torch.cartesian_prod(*map(torch.arange, x.shape)).reshape(x.numel(), x.dim()) if x.dim() else [()]
-    ):
+    for index in torch.cartesian_prod(*map(torch.arange, x.shape)).reshape(x.numel(), x.dim()) if x.dim() else [()]:
         at = tuple(index)
         point[at] += eps
         above = _scalar(f(point)).item()
@@ -867,12 +845,22 @@ def linreg_gd__fills_the_data(X, y, lr, steps):
 
 @misconception(
     "linreg_gd",
-    "The start is random. Two runs give two answers, and the random numbers of the caller have moved on; begin at zero.",
+    "The start is random, and the seed that you set for it is the one the whole program uses: the caller's random numbers are "
+    "not what they were. Begin at zero.",
 )
 def linreg_gd__random_start(X, y, lr, steps):
-    w, b, losses = _fit(X, y, lr, steps)
-    with torch.no_grad():
-        w += 0.01 * torch.randn_like(w)
+    _fits(X, y)
+    torch.manual_seed(0)
+    w = torch.randn(X.shape[1], dtype=X.dtype).to(X.device).requires_grad_()
+    b = X.new_zeros((), requires_grad=True)
+    losses = []
+    for _ in range(steps):
+        loss = ((X.detach() @ w + b - y.detach()) ** 2).mean()
+        grad_w, grad_b = torch.autograd.grad(loss, (w, b))
+        with torch.no_grad():
+            w -= lr * grad_w
+            b -= lr * grad_b
+        losses.append(loss.item())
     return w, b, losses
 
 
@@ -1172,9 +1160,7 @@ def fixed_point_grad__echoes_are_not_summed(f, theta, z0, n_iter):
 )
 def fixed_point_grad__not_transposed(f, theta, z0, n_iter):
     z, z_leaf, theta_leaf, value = _settle(f, theta, z0, n_iter)
-    columns = [
-        _pull(value, z_leaf, row.reshape(z.shape)).reshape(-1) for row in torch.eye(z.numel(), dtype=z.dtype)
-    ]
+    columns = [_pull(value, z_leaf, row.reshape(z.shape)).reshape(-1) for row in torch.eye(z.numel(), dtype=z.dtype)]
     jacobian = torch.stack(columns)
 
     def pullback(u):
