@@ -192,17 +192,13 @@ def grad_of__leaves_recording_on(f, x):
 
 
 @misconception(
-    "frozen_product",
-    "Nothing is frozen: this is the plain product, and its gradient flows to both factors.",
+    "frozen_product", "Nothing is frozen: this is the plain product, and its gradient flows to both factors."
 )
 def frozen_product__plain(x, y):
     return x * y
 
 
-@misconception(
-    "frozen_product",
-    "You cut the edge to x. It is y that must not receive a gradient.",
-)
+@misconception("frozen_product", "You cut the edge to x. It is y that must not receive a gradient.")
 def frozen_product__wrong_factor(x, y):
     return x.detach() * y
 
@@ -313,8 +309,7 @@ def finite_difference__one_sided(f, x, eps=1e-6):
 
 
 @misconception(
-    "finite_difference",
-    "Every slope is twice what it should be: between the two points lie two steps of eps, not one.",
+    "finite_difference", "Every slope is twice what it should be: between the two points lie two steps of eps, not one."
 )
 def finite_difference__one_step_too_few(f, x, eps=1e-6):
     return _central(f, x, eps, eps)
@@ -402,10 +397,7 @@ def finite_difference__stays_in_float64(f, x, eps=1e-6):
     return _central(f, x, eps, 2 * eps).double()
 
 
-@misconception(
-    "finite_difference",
-    "The sign is turned around: you took f behind the point less f ahead of it.",
-)
+@misconception("finite_difference", "The sign is turned around: you took f behind the point less f ahead of it.")
 def finite_difference__backwards(f, x, eps=1e-6):
     return _central(f, x, -eps, 2 * eps)
 
@@ -425,10 +417,7 @@ def finite_difference__keeps_the_graph(f, x, eps=1e-6):
     return slopes.reshape(x.shape).to(x.dtype)
 
 
-@misconception(
-    "finite_difference",
-    "A vector of one element passes as a scalar here. f has to return the shape ().",
-)
+@misconception("finite_difference", "A vector of one element passes as a scalar here. f has to return the shape ().")
 def finite_difference__one_element_is_enough(f, x, eps=1e-6):
     def scalar(t):
         value = f(t)
@@ -780,25 +769,18 @@ def linreg_gd__sums_the_squares(X, y, lr, steps):
     return _fit(X, y, lr, steps, lambda rest: (rest**2).sum())
 
 
-@misconception(
-    "linreg_gd",
-    "b never moves. A line that is nailed to the origin fits something else.",
-)
+@misconception("linreg_gd", "b never moves. A line that is nailed to the origin fits something else.")
 def linreg_gd__b_stays(X, y, lr, steps):
     return _fit(X, y, lr, steps, trained=(True, False))
 
 
-@misconception(
-    "linreg_gd",
-    "You walk uphill: the gradient points to where the loss grows, and you add it.",
-)
+@misconception("linreg_gd", "You walk uphill: the gradient points to where the loss grows, and you add it.")
 def linreg_gd__uphill(X, y, lr, steps):
     return _fit(X, y, -lr, steps)
 
 
 @misconception(
-    "linreg_gd",
-    "Your first loss is the one after the first step. The list begins before anything has moved.",
+    "linreg_gd", "Your first loss is the one after the first step. The list begins before anything has moved."
 )
 def linreg_gd__losses_after_the_steps(X, y, lr, steps):
     w, b, losses = _fit(X, y, lr, steps)
@@ -906,8 +888,7 @@ def hvp__weights_too_late(f, x, v):
 
 
 @misconception(
-    "hvp",
-    "This is the gradient times v. One derivative is missing: the Hessian is the derivative of the gradient.",
+    "hvp", "This is the gradient times v. One derivative is missing: the Hessian is the derivative of the gradient."
 )
 def hvp__only_one_derivative(f, x, v):
     _shapes_fit(x, v)
@@ -915,10 +896,7 @@ def hvp__only_one_derivative(f, x, v):
     return _grad(value, leaf) * v.detach()
 
 
-@misconception(
-    "hvp",
-    "This is the Hessian times ones; v was not used.",
-)
+@misconception("hvp", "This is the Hessian times ones; v was not used.")
 def hvp__forgets_v(f, x, v):
     _shapes_fit(x, v)
     value, leaf = _at(f, x)
@@ -964,8 +942,7 @@ def hvp__stretches_v(f, x, v):
 
 
 @misconception(
-    "hvp",
-    "The result still hangs on a graph: the second pass was recorded as well. Only the first one has to be.",
+    "hvp", "The result still hangs on a graph: the second pass was recorded as well. Only the first one has to be."
 )
 def hvp__keeps_the_graph(f, x, v):
     _shapes_fit(x, v)
@@ -1016,8 +993,7 @@ def newton_step__plain_gradient(f, x):
 
 
 @misconception(
-    "newton_step",
-    "You multiplied by the curvature. The more the slope changes, the less far its zero is: divide.",
+    "newton_step", "You multiplied by the curvature. The more the slope changes, the less far its zero is: divide."
 )
 def newton_step__multiplies(f, x):
     slope, curvature = _slope_and_curvature(f, x)
@@ -1053,10 +1029,7 @@ def newton_step__a_pinch_of_eps(f, x):
     return x.detach() - slope / (curvature + 1e-6)
 
 
-@misconception(
-    "newton_step",
-    "You returned the step alone. The new point is x less that.",
-)
+@misconception("newton_step", "You returned the step alone. The new point is x less that.")
 def newton_step__the_step_alone(f, x):
     slope, curvature = _slope_and_curvature(f, x)
     return torch.where(curvature == 0, torch.zeros_like(slope), slope / curvature)

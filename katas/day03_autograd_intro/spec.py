@@ -31,6 +31,11 @@ def like(values, x):
     return torch.as_tensor(np.asarray(values)).to(x.dtype)
 
 
+def rounding(dtype):
+    """Tolerances for sums whose terms may cancel."""
+    return {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-11}
+
+
 @contextlib.contextmanager
 def backward_passes():
     """Count how often autograd walks a graph, by whichever function; the list that is given holds the count."""
@@ -83,9 +88,7 @@ def test_the_gradient_of_a_cubic(solution, randn, dtype, shape):
     x, c = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
     expected = like(3 * array(c) * array(x) ** 2, x)
     assert_close(
-        solution.grad_of(lambda t: (c * t**3).sum(), x),
-        expected,
-        because="(c * x**3).sum() has the gradient 3 c x**2",
+        solution.grad_of(lambda t: (c * t**3).sum(), x), expected, because="(c * x**3).sum() has the gradient 3 c x**2"
     )
 
 
@@ -95,9 +98,7 @@ def test_elements_that_influence_each_other(solution, randn):
     weights = np.exp(array(x))
     expected = like(weights / weights.sum(), x)
     assert_close(
-        solution.grad_of(lambda t: t.exp().sum().log(), x),
-        expected,
-        because="the log of a sum of exponentials",
+        solution.grad_of(lambda t: t.exp().sum().log(), x), expected, because="the log of a sum of exponentials"
     )
 
 
@@ -250,7 +251,7 @@ def test_x_gets_the_gradient_of_the_product(solution, randn, dtype):
     expected = like((array(c) * array(y)).sum(axis=1, keepdims=True), x)
     (c * solution.frozen_product(x, y)).sum().backward()
     assert_that(x.grad is not None, "no gradient arrived at x")
-    assert_close(x.grad, expected, because="as for x * y: y, summed where x was broadcast")
+    assert_close(x.grad, expected, because="as for x * y: y, summed where x was broadcast", **rounding(dtype))
 
 
 @task("frozen_product")
@@ -287,9 +288,7 @@ def test_y_alone_makes_no_graph(solution, randn):
     x, y = randn(4), randn(4).requires_grad_()
     result = solution.frozen_product(x, y)
     assert_that(
-        not result.requires_grad,
-        "only y asks for gradients, and the result does, too",
-        value=result.requires_grad,
+        not result.requires_grad, "only y asks for gradients, and the result does, too", value=result.requires_grad
     )
 
 
@@ -326,9 +325,7 @@ def test_the_values_are_exactly_those_of_round(solution, randn, dtype, scale):
     x = randn(20, 50, dtype=dtype, scale=scale)
     expected = like(np.rint(array(x)), x)
     assert_equal(
-        solution.straight_through_round(x),
-        expected,
-        because="whole numbers, without a rest of rounding errors",
+        solution.straight_through_round(x), expected, because="whole numbers, without a rest of rounding errors"
     )
 
 
@@ -406,11 +403,7 @@ def test_the_difference_is_central(solution, randn):
     expected = like(3 * array(x) ** 2 + 0.01**2, x)
     found = solution.finite_difference(lambda t: (t**3).sum(), x, eps=0.01)
     assert_close(
-        found,
-        expected,
-        rtol=1e-8,
-        atol=1e-8,
-        because="on a cubic a central difference is too large by exactly eps**2",
+        found, expected, rtol=1e-8, atol=1e-8, because="on a cubic a central difference is too large by exactly eps**2"
     )
 
 
@@ -420,11 +413,7 @@ def test_half_the_step_leaves_a_quarter_of_the_error(solution, randn):
     slope = like(3 * array(x) ** 2, x)
     errors = [solution.finite_difference(lambda t: (t**3).sum(), x, eps).cpu() - slope for eps in (0.02, 0.01)]
     assert_close(
-        errors[0],
-        4 * errors[1],
-        rtol=1e-5,
-        atol=1e-9,
-        because="four times the error at eps=0.01, seen at eps=0.02",
+        errors[0], 4 * errors[1], rtol=1e-5, atol=1e-9, because="four times the error at eps=0.01, seen at eps=0.02"
     )
 
 
@@ -442,9 +431,7 @@ def test_float32_inputs_are_differenced_in_float64(solution, randn):
     expected = like(array(c) * np.cos(array(x)), x)
     found = solution.finite_difference(lambda t: (c * t.sin()).sum(), x)
     assert_close(
-        found,
-        expected,
-        because="a step of 1e-6 is lost in float32, so f and the quotient are taken in float64",
+        found, expected, because="a step of 1e-6 is lost in float32, so f and the quotient are taken in float64"
     )
 
 
@@ -484,9 +471,7 @@ def test_the_slope_is_part_of_no_graph(solution, randn):
     found = solution.finite_difference(lambda t: (w * t).sum(), x)
     assert_close(found, like(array(w), x), rtol=1e-6, atol=1e-7)
     assert_that(
-        not found.requires_grad,
-        "f uses a parameter, and the result is tied to its graph",
-        value=found.requires_grad,
+        not found.requires_grad, "f uses a parameter, and the result is tied to its graph", value=found.requires_grad
     )
 
 
@@ -512,12 +497,7 @@ def test_a_vector_valued_f_is_refused(solution, randn, shape):
     x, values = randn(4, dtype=torch.float64), randn(*shape, dtype=torch.float64)
     because = f"f returns shape {shape}, which is no scalar"
     assert_raises(
-        ValueError,
-        solution.finite_difference,
-        lambda t: values * t.sum(),
-        x,
-        mentions=[str(shape)],
-        because=because,
+        ValueError, solution.finite_difference, lambda t: values * t.sum(), x, mentions=[str(shape)], because=because
     )
 
 
@@ -525,10 +505,10 @@ def test_a_vector_valued_f_is_refused(solution, randn, shape):
 
 
 @pytest.fixture
-def rows(randn, dtype):
+def rows(randn):
     """A function that draws (w, X, y) and says what the gradients are."""
 
-    def draw(n, d):
+    def draw(n, d, dtype=torch.float64):
         w, X, y = randn(d, dtype=dtype), randn(n, d, dtype=dtype), randn(n, dtype=dtype)
         return w, X, y, like((array(X) @ array(w) - array(y))[:, None] * array(X), w)
 
@@ -537,9 +517,10 @@ def rows(randn, dtype):
 
 @task("per_example_grads")
 @pytest.mark.parametrize("n, d", [(5, 3), (3, 5), (4, 4), (1, 2), (3, 1), (0, 3)])
-def test_each_row_has_its_own_gradient(solution, rows, n, d):
-    w, X, y, expected = rows(n, d)
-    assert_close(solution.per_example_grads(w, X, y), expected, because="row n is (X[n] . w - y[n]) * X[n]")
+def test_each_row_has_its_own_gradient(solution, rows, dtype, n, d):
+    w, X, y, expected = rows(n, d, dtype)
+    because = "row n is (X[n] . w - y[n]) * X[n]"
+    assert_close(solution.per_example_grads(w, X, y), expected, because=because, **rounding(dtype))
 
 
 @task("per_example_grads")
@@ -565,16 +546,16 @@ def test_a_w_in_the_middle_of_a_graph(solution, rows):
 
 
 @task("per_example_grads")
-def test_an_older_grad_of_w_is_not_mixed_in(solution, rows, randn, dtype):
+def test_an_older_grad_of_w_is_not_mixed_in(solution, rows, randn):
     w, X, y, expected = rows(5, 3)
-    w.requires_grad_().grad = randn(3, dtype=dtype)
+    w.requires_grad_().grad = randn(3, dtype=torch.float64)
     assert_close(solution.per_example_grads(w, X, y), expected, because="w.grad held something before the call")
 
 
 @task("per_example_grads")
-def test_w_keeps_the_grad_it_had(solution, rows, randn, dtype):
+def test_w_keeps_the_grad_it_had(solution, rows, randn):
     w, X, y, _ = rows(5, 3)
-    w.requires_grad_().grad = randn(3, dtype=dtype)
+    w.requires_grad_().grad = randn(3, dtype=torch.float64)
     before = w.grad.clone()
     solution.per_example_grads(w, X, y)
     assert_that(w.grad is not None, "w.grad was there before the call and is gone")
@@ -588,9 +569,7 @@ def test_a_w_without_grad_has_none_afterwards(solution, rows, asks):
     w.requires_grad_(asks)
     solution.per_example_grads(w, X, y)
     assert_equal(
-        (w.requires_grad, w.grad is None),
-        (asks, True),
-        because="requires_grad of w, and whether w.grad is None",
+        (w.requires_grad, w.grad is None), (asks, True), because="requires_grad of w, and whether w.grad is None"
     )
 
 
@@ -643,11 +622,7 @@ def test_graphs_do_not_pile_up(solution, randn):
 def test_rows_that_do_not_fit_are_refused(solution, randn, w, X, y, mentions):
     inputs = randn(*w), randn(*X), randn(*y)
     assert_raises(
-        ValueError,
-        solution.per_example_grads,
-        *inputs,
-        mentions=mentions,
-        because=f"w {w}, X {X}, y {y} do not fit",
+        ValueError, solution.per_example_grads, *inputs, mentions=mentions, because=f"w {w}, X {X}, y {y} do not fit"
     )
 
 
@@ -676,7 +651,9 @@ def test_the_first_step_is_the_analytic_one(solution, randn, dtype):
     X, y = randn(7, 3, dtype=dtype), randn(7, dtype=dtype)
     expected = like(0.1 * 2 * array(X).T @ array(y) / 7, X), like(0.1 * 2 * array(y).mean(), X)
     w, b, _ = solution.linreg_gd(X, y, 0.1, 1)
-    assert_close((w, b), expected, because="from zero, w moves to lr * 2/N * X^T y and b to lr * 2 * mean(y)")
+    assert_close(
+        (w, b), expected, because="from zero, w moves to lr * 2/N * X^T y and b to lr * 2 * mean(y)", **rounding(dtype)
+    )
 
 
 @task("linreg_gd")
@@ -694,9 +671,7 @@ def test_the_losses_are_those_before_each_step(solution, randn):
     _, _, expected = descend(X, y, 0.05, 4)
     _, _, losses = solution.linreg_gd(X, y, 0.05, 4)
     assert_close(
-        [float(loss) for loss in losses],
-        expected,
-        because="the first is the mean of y**2, before anything moved",
+        [float(loss) for loss in losses], expected, because="the first is the mean of y**2, before anything moved"
     )
 
 
@@ -784,9 +759,10 @@ def test_the_graph_of_a_step_does_not_outlive_it(solution, randn):
 
 @task("linreg_gd")
 def test_memory_does_not_grow_with_the_steps(solution, randn):
-    X, y = randn(6, 40), randn(6)
+    X, y = randn(12, 40), randn(12)
     peaks = [measure(solution.linreg_gd, X, y, 0.001, steps)[1].peak_bytes for steps in (10, 200)]
-    assert_equal(peaks[1] - peaks[0], 0, because="peak bytes of 200 steps, beyond those of 10")
+    more = peaks[1] - peaks[0]
+    assert_that(more <= 190 * 16, f"at their peak 200 steps hold {more} bytes more than 10 do", value=more)
 
 
 @cost_case("linreg_gd")
@@ -803,7 +779,7 @@ def test_a_quadratic_has_its_matrix_for_hessian(solution, randn, dtype):
     m, x, v = randn(4, 4, dtype=dtype), randn(4, dtype=dtype), randn(4, dtype=dtype)
     expected = like((array(m) + array(m).T) / 2 @ array(v), x)
     found = solution.hvp(lambda t: 0.5 * (t @ m @ t), x, v)
-    assert_close(found, expected, because="the Hessian of t M t / 2 is the symmetric part of M")
+    assert_close(found, expected, because="the Hessian of t M t / 2 is the symmetric part of M", **rounding(dtype))
 
 
 @task("hvp")
@@ -812,9 +788,7 @@ def test_any_shape(solution, randn, shape):
     x, v, c = (randn(*shape, dtype=torch.float64) for _ in range(3))
     expected = like(6 * array(c) * array(x) * array(v), x)
     assert_close(
-        solution.hvp(lambda t: (c * t**3).sum(), x, v),
-        expected,
-        because="the second derivative of c x**3 is 6 c x",
+        solution.hvp(lambda t: (c * t**3).sum(), x, v), expected, because="the second derivative of c x**3 is 6 c x"
     )
 
 
@@ -833,11 +807,7 @@ def test_it_is_the_slope_of_the_gradient(solution, randn):
     expected = like((np.exp(a) / np.exp(a).sum() - np.exp(b) / np.exp(b).sum()) / 2e-5, x)
     found = solution.hvp(lambda t: t.exp().sum().log(), x, v)
     assert_close(
-        found,
-        expected,
-        rtol=1e-6,
-        atol=1e-8,
-        because="the gradient a little ahead less the one a little behind",
+        found, expected, rtol=1e-6, atol=1e-8, because="the gradient a little ahead less the one a little behind"
     )
 
 
@@ -927,9 +897,7 @@ def test_two_backward_passes_suffice(solution, randn):
     with backward_passes() as count:
         solution.hvp(lambda t: (t**4).sum() + t.sum() ** 2, x, v)
     assert_that(
-        count[0] <= 2,
-        f"{count[0]} backward passes for 12 elements; two suffice for any number",
-        value=count[0],
+        count[0] <= 2, f"{count[0]} backward passes for 12 elements; two suffice for any number", value=count[0]
     )
 
 
@@ -956,11 +924,7 @@ def test_one_step_solves_a_quadratic(solution, randn, rand, shape):
     h = rand(*shape, dtype=torch.float64) + 0.5
     found = solution.newton_step(lambda t: (h * (t - goal) ** 2).sum(), x)
     assert_close(
-        found,
-        goal.clone(),
-        rtol=1e-9,
-        atol=1e-9,
-        because="from anywhere on a bowl one step reaches the bottom",
+        found, goal.clone(), rtol=1e-9, atol=1e-9, because="from anywhere on a bowl one step reaches the bottom"
     )
 
 
@@ -985,9 +949,7 @@ def test_an_exponential_moves_by_one(solution, randn):
     x = randn(5, dtype=torch.float64)
     expected = like(array(x) - 1, x)
     assert_close(
-        solution.newton_step(lambda t: t.exp().sum(), x),
-        expected,
-        because="slope and curvature of exp are equal",
+        solution.newton_step(lambda t: t.exp().sum(), x), expected, because="slope and curvature of exp are equal"
     )
 
 
@@ -1030,20 +992,14 @@ def test_three_backward_passes_suffice(solution, randn):
     with backward_passes() as count:
         solution.newton_step(lambda t: (t**4).sum(), x)
     assert_that(
-        count[0] <= 3,
-        f"{count[0]} backward passes for 12 elements; three suffice for any number",
-        value=count[0],
+        count[0] <= 3, f"{count[0]} backward passes for 12 elements; three suffice for any number", value=count[0]
     )
 
 
 @task("newton_step")
 def test_no_table_of_second_derivatives(solution, randn):
     assert_cost(
-        solution.newton_step,
-        lambda t: (t**4).sum(),
-        randn(50),
-        no_larger_than=50,
-        because="no 50 * 50 table is needed",
+        solution.newton_step, lambda t: (t**4).sum(), randn(50), no_larger_than=50, because="no 50 * 50 table is needed"
     )
 
 
@@ -1072,9 +1028,7 @@ def test_the_square_root_as_a_fixed_point(solution, rand, randn):
     expected = like(np.sqrt(array(theta)), theta), like(array(u) / (2 * np.sqrt(array(theta))), theta)
     z, pullback = solution.fixed_point_grad(lambda z, t: (z + t / z) / 2, theta, torch.ones_like(theta), 30)
     assert_close(
-        (z, pullback(u)),
-        expected,
-        because="Heron's rule ends at sqrt(theta), whose slope is 1 / (2 sqrt(theta))",
+        (z, pullback(u)), expected, because="Heron's rule ends at sqrt(theta), whose slope is 1 / (2 sqrt(theta))"
     )
 
 

@@ -78,7 +78,8 @@ def linreg_gd(X: Tensor, y: Tensor, lr: float, steps: int) -> tuple[Tensor, Tens
     Returns (w, b, losses): w and b after `steps` steps, leaves in X's dtype; in losses the loss before each
     step, as Python floats. With steps = 0 that is zeros and an empty list.
 
-    Cost: one backward pass per step, and 200 steps need no more memory at any moment than 10 do.
+    Cost: one backward pass per step. Nothing but the losses themselves grows with the number of steps: no graph
+    outlives its step, and 200 steps need no more memory at any moment than 10 do.
     X and y stay as they were, `.grad` included. No random numbers are drawn.
     Raises ValueError with both shapes when X is not (N, D) or y is not (N,); (N, 1) is not.
     """
