@@ -53,6 +53,7 @@ class Judge:
         self.results: dict[str, Failure | None] = {}
         self.faults: list[str] = []
         self.globals = Globals()
+        self.concluded = False  # the outcomes are sealed: what pytest says afterwards does not matter
         self._failure: Failure | None = None
         self.seconds: dict[str, float] = {}
 
@@ -123,6 +124,11 @@ class Judge:
         diagnose.run(self)
         self.measure_costs(session)
         self.send("done")
+        return True
+
+    def pytest_internalerror(self, excrepr: object) -> bool:
+        """An error of pytest or of this plugin is our fault; the last lines say what it was."""
+        self.faults.append(str(excrepr))
         return True
 
     @pytest.hookimpl(wrapper=True)
@@ -288,6 +294,7 @@ class Judge:
             for thread in threading.enumerate()
             if thread is not threading.main_thread() and thread.is_alive()
         ]
+        self.concluded = True
         self.send(
             "outcomes", pid=os.getpid(), outcomes=outcomes, canary=canary, touched=touched[:5], threads=others[:5]
         )

