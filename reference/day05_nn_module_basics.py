@@ -59,7 +59,7 @@ class Standardizer(nn.Module):
         wanted = self.mean.shape[0]
         if x.dim() != 2 or x.shape[1] != wanted or x.shape[0] == 0:
             raise ValueError(f"fit needs (N, {wanted}) with N of at least 1, got {tuple(x.shape)}")
-        x = x.to(torch.promote_types(x.dtype, self.mean.dtype))
+        x = self._widened(x)
         mean = x.mean(dim=0)  # (D,)
         std = (x - mean).square().mean(dim=0).sqrt()  # (D,)
         # The mean of equal numbers need not be that number in floating point, so their std need not be 0.
@@ -71,8 +71,10 @@ class Standardizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardize the last axis of x (..., D)."""
         _check_width(x, self.mean.shape[0])
-        wide = x.to(torch.promote_types(x.dtype, self.mean.dtype))
-        return ((wide - self.mean) / self.std).to(x.dtype)  # (..., D)
+        return ((self._widened(x) - self.mean) / self.std).to(x.dtype)  # (..., D)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, self.mean.dtype))
 
 
 class Residual(nn.Module):
@@ -136,9 +138,7 @@ def functional_apply(module: nn.Module, tensors: dict[str, Tensor], *args):
     slots = _slots(module)
     replacement = {}
     for name, tensor in tensors.items():
-        if name not in slots:
-            raise KeyError(f"the module has no parameter or buffer {name!r}")
-        table, key = slots[name]
+        table, key = slots[name]  # KeyError: the module has no such name
         own = table[key]
         if tensor.shape != own.shape:
             raise ValueError(f"{name} has shape {tuple(own.shape)}, its stand-in {tuple(tensor.shape)}")
@@ -167,7 +167,7 @@ def per_sample_grads(
 
     # Sample i gets weights of its own, so the gradient of the sum comes apart into N gradients.
     weights = {
-        name: p.detach().expand(len(x), *p.shape).requires_grad_()  # (N, *shape of p), no memory
+        name: p.expand(len(x), *p.shape)  # (N, *shape of p), a view
         for name, p in module.named_parameters()
         if p.requires_grad
     }

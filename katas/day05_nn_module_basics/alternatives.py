@@ -6,9 +6,9 @@ import re
 from itertools import count
 
 import torch
-from checker.testing import alternative
 from torch import nn
 
+from checker.testing import alternative
 from reference.day05_nn_module_basics import Row
 
 
@@ -248,7 +248,5 @@ def per_sample_by_swapped_copies(module, loss_fn, x, y):
     def loss(values, x_i, y_i):
         return loss_fn(apply_by_deleting(twin, values, x_i.unsqueeze(0)), y_i.unsqueeze(0))
 
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
-        {k: p.detach() for k, p in own.items()}, x, y
-    )
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))({k: p.detach() for k, p in own.items()}, x, y)
     return {name: grads[name] for name in own}

@@ -4,9 +4,9 @@ import re
 from itertools import pairwise
 
 import torch
-from checker.testing import misconception
 from torch import nn
 
+from checker.testing import misconception
 from reference.day05_nn_module_basics import (
     MLP,
     Residual,
@@ -39,9 +39,7 @@ def count__sum_over_modules(module, trainable_only=False):
     "is counted again for each container around it.",
 )
 def count__each_level_again(module, trainable_only=False):
-    return sum(
-        p.numel() for m in module.modules() for p in m.parameters() if p.requires_grad or not trainable_only
-    )
+    return sum(p.numel() for m in module.modules() for p in m.parameters() if p.requires_grad or not trainable_only)
 
 
 @misconception(
@@ -50,9 +48,7 @@ def count__each_level_again(module, trainable_only=False):
     "there under every name. Neither belongs in a count of parameters.",
 )
 def count__state_dict(module, trainable_only=False):
-    return sum(
-        t.numel() for t in module.state_dict(keep_vars=True).values() if t.requires_grad or not trainable_only
-    )
+    return sum(t.numel() for t in module.state_dict(keep_vars=True).values() if t.requires_grad or not trainable_only)
 
 
 @misconception(
@@ -74,8 +70,7 @@ def count__tensors(module, trainable_only=False):
 
 @misconception(
     "count_parameters",
-    "The frozen parameters are missing from the plain count. They are left out only when trainable_only "
-    "asks for it.",
+    "The frozen parameters are missing from the plain count. They are left out only when trainable_only asks for it.",
 )
 def count__trainable_always(module, trainable_only=False):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -117,8 +112,7 @@ def count__by_address(module, trainable_only=False):
 
 @misconception(
     "trainable_groups",
-    "A weight that two modules share is in your list twice. An optimizer would step it twice with the same "
-    "gradient.",
+    "A weight that two modules share is in your list twice. An optimizer would step it twice with the same gradient.",
 )
 def groups__per_module(module):
     return [p for m in module.modules() for p in m.parameters(recurse=False) if p.requires_grad]
@@ -126,8 +120,7 @@ def groups__per_module(module):
 
 @misconception(
     "trainable_groups",
-    "The frozen parameters are in your list, too. Whoever freezes them does not expect to find them in an "
-    "optimizer.",
+    "The frozen parameters are in your list, too. Whoever freezes them does not expect to find them in an optimizer.",
 )
 def groups__all(module):
     return list(module.parameters())
@@ -343,8 +336,7 @@ class standardizer__plain_tensors(Standardizer):
 
 @misconception(
     "Standardizer",
-    "mean and std show up among the parameters, so an optimizer would train them away from what was "
-    "measured.",
+    "mean and std show up among the parameters, so an optimizer would train them away from what was measured.",
 )
 class standardizer__parameters(Standardizer):
     def __init__(self, n_features):
@@ -527,8 +519,7 @@ class standardizer__half_statistics(Standardizer):
 
 @misconception(
     "Standardizer",
-    "The output came back in the dtype of the buffers. What a layer returns has the dtype of what it was "
-    "given.",
+    "The output came back in the dtype of the buffers. What a layer returns has the dtype of what it was given.",
 )
 class standardizer__dtype_of_the_buffers(Standardizer):
     def forward(self, x):
@@ -737,8 +728,7 @@ class residual__forward_of_inner(Residual):
 
 @misconception(
     "Residual",
-    "Shapes are not compared: an inner that returns one column was broadcast over all columns of x without "
-    "a word.",
+    "Shapes are not compared: an inner that returns one column was broadcast over all columns of x without a word.",
 )
 class residual__broadcasts(Residual):
     def forward(self, x):
@@ -912,9 +902,7 @@ def _hooked(module, rows, named=None):
     """Handles of hooks that write rows."""
     named = module.named_modules() if named is None else named
     return [
-        child.register_forward_hook(
-            lambda child, args, output, name=name: rows.append(_row(name, child, output))
-        )
+        child.register_forward_hook(lambda child, args, output, name=name: rows.append(_row(name, child, output)))
         for name, child in named
     ]
 
@@ -935,8 +923,7 @@ def summarize__hooks_stay_after_an_exception(module, *inputs):
 
 @misconception(
     "summarize",
-    "Your hooks are still on the module. Every later forward runs them, and a second summary adds its own "
-    "to them.",
+    "Your hooks are still on the module. Every later forward runs them, and a second summary adds its own to them.",
 )
 def summarize__hooks_stay(module, *inputs):
     rows = []
@@ -964,8 +951,7 @@ def summarize__all_hooks_removed(module, *inputs):
 
 @misconception(
     "summarize",
-    "The module's own row is missing: `module.forward(...)` goes past the hooks of the module itself. Call "
-    "the module.",
+    "The module's own row is missing: `module.forward(...)` goes past the hooks of the module itself. Call the module.",
 )
 def summarize__forward_directly(module, *inputs):
     rows = []
@@ -1001,8 +987,7 @@ def summarize__keeps_outputs(module, *inputs):
 
 @misconception(
     "summarize",
-    "A module that was called twice has one row: your rows are keyed by name, so the second call replaced "
-    "the first.",
+    "A module that was called twice has one row: your rows are keyed by name, so the second call replaced the first.",
 )
 def summarize__one_row_per_name(module, *inputs):
     rows = []
@@ -1093,8 +1078,7 @@ def summarize__calls_begin(module, *inputs):
 
 @misconception(
     "summarize",
-    "params counts only what each module owns directly, so containers show 0. A row counts all that is "
-    "inside.",
+    "params counts only what each module owns directly, so containers show 0. A row counts all that is inside.",
 )
 def summarize__own_parameters_only(module, *inputs):
     rows = []
@@ -1334,17 +1318,13 @@ def per_sample__loop(module, loss_fn, x, y):
     if len(x) != len(y):
         raise ValueError(f"{tuple(x.shape)} and {tuple(y.shape)}")
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    rows = [
-        torch.autograd.grad(loss_fn(module(x[i : i + 1]), y[i : i + 1]), list(own.values()))
-        for i in range(len(x))
-    ]
+    rows = [torch.autograd.grad(loss_fn(module(x[i : i + 1]), y[i : i + 1]), list(own.values())) for i in range(len(x))]
     return {name: torch.stack(column) for name, column in zip(own, zip(*rows, strict=True), strict=True)}
 
 
 @misconception(
     "per_sample_grads",
-    "These are the gradients of the summed loss, the same for each sample: summing has mixed what should "
-    "stay apart.",
+    "These are the gradients of the summed loss, the same for each sample: summing has mixed what should stay apart.",
 )
 def per_sample__summed(module, loss_fn, x, y):
     grads = per_sample_grads(module, loss_fn, x, y)
@@ -1353,8 +1333,7 @@ def per_sample__summed(module, loss_fn, x, y):
 
 @misconception(
     "per_sample_grads",
-    "Every gradient is N times too small: it was divided by the number of samples, as in the mean over a "
-    "batch.",
+    "Every gradient is N times too small: it was divided by the number of samples, as in the mean over a batch.",
 )
 def per_sample__divided(module, loss_fn, x, y):
     return {name: g / len(x) for name, g in per_sample_grads(module, loss_fn, x, y).items()}
