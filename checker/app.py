@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import click
+
 from checker.errors import NOT_PASSED, UserError
 from checker.track import Kata, Track
 from checker.workspace import Workspace
@@ -45,6 +47,11 @@ class App:
         """The progress store, open; its errors become UserErrors."""
         try:
             with Store.open(self.workspace.database) as store:
+                if store.damaged_kept_at is not None:
+                    click.echo(
+                        f"kata: the progress file was damaged; it is kept as {store.damaged_kept_at}, and a new one was begun.",
+                        err=True,
+                    )
                 yield store
         except StoreError as error:
             raise UserError(str(error), exit_code=NOT_PASSED) from None

@@ -15,7 +15,7 @@ from rich.text import Text
 from checker.verdict import CRASH, ERROR, FAILED, FAULT, LIMIT, NOT_RUN, PASSED, TAMPERED, TIMEOUT, TaskResult, Verdict
 
 STYLES = {
-    "ok": "green", "open": "yellow", "FAILED": "bold red", "refused": "bold red", "TIME-OUT": "bold red", "not run": "dim",
+    "ok": "green", "open": "yellow", "FAILED": "bold red", "refused": "bold red", "TIME-OUT": "bold red", "LIMIT": "bold red", "not run": "dim",
 }  # fmt: skip
 WORDS = {
     "passed": "ok",
@@ -23,6 +23,7 @@ WORDS = {
     "open": "open",
     "refused": "refused",
     "timeout": "TIME-OUT",
+    "memory": "LIMIT",
     "not run": "not run",
 }
 HEADINGS = {
@@ -122,7 +123,7 @@ def _task_lines(page: Page, tasks: Sequence[TaskResult]) -> None:
     for task in tasks:
         word = WORDS[task.state]
         count = f"{len(task.tests)} test{'s' if len(task.tests) != 1 else ''}"
-        if task.state in ("failed", "refused", "timeout"):
+        if task.state in ("failed", "refused", "timeout", "memory"):
             count = f"{len(task.failing)} of {count}"
         elif task.state == "open":
             count = "not written yet"
@@ -164,13 +165,15 @@ def _failure(page: Page, failure: dict[str, Any], state: str) -> None:
     at = f" (your file, line {line})" if line else ""
     if state == "forbidden":
         page.wrap(
-            f"This task is about writing it yourself: line {line} uses {message.rpartition(' calls ')[2] or message}.",
+            _shortcut(message, line),
             "",
             4,
         )
         return
     if state == "timeout":
         page.wrap(f"It {message or 'did not come back in time'}{at}.", "", 4)
+    elif state == "memory":
+        page.wrap(f"The code {message}{at}; a check may use a few GB.", "", 4)
     elif state == "error":
         page.wrap(f"{failure.get('error', 'Error')}: {message}{at}", "", 4)
     elif message:
@@ -182,6 +185,13 @@ def _failure(page: Page, failure: dict[str, Any], state: str) -> None:
     if state in ("error", "assert", "memory") and failure.get("trace"):
         page.blank()
         _trace(page, failure["trace"])
+
+
+def _shortcut(message: str, line: int | None) -> str:
+    name = message.rpartition(" calls ")[2] or message
+    if name.startswith(("a loop", "a comprehension")):
+        return f"Line {line} has {name}; this task asks you to do without."
+    return f"This task asks you to write it yourself: line {line} uses {name}."
 
 
 def _trace(page: Page, trace: Iterable[dict[str, Any]]) -> None:

@@ -160,6 +160,8 @@ class Track:
     def find(self, word: str) -> Kata:
         """The kata that somebody means by '16', 'day16', its folder, or a part of its name that only one has."""
         slugs = self.slugs
+        if not word.strip():
+            raise UserError(f"Say which day of {self.title}; `kata status` lists them.")
         plain = word.strip().removesuffix(".py").lower().replace("-", "_")
         number = re.fullmatch(r"(?:day[_ ]?)?0*(\d+)", plain)
         if number:
@@ -168,7 +170,7 @@ class Track:
             matches = [slug for slug in slugs if slug.lower() == plain] or [
                 slug for slug in slugs if plain in slug.lower()
             ]
-        if len(matches) == 1 and plain:
+        if len(matches) == 1:
             return self.kata(matches[0])
         if len(matches) > 1:
             raise UserError(f"{word!r} fits {', '.join(matches)}; say which one.")
@@ -259,8 +261,10 @@ def _nearest(word: str, words: list[str]) -> str:
 class _Table:
     """A TOML table whose keys are taken one by one, so that what is left over is known to be unknown."""
 
-    def __init__(self, file: Path, data: dict[str, Any] | None = None, where: str = "") -> None:
-        self.file, self.where = file, where
+    def __init__(
+        self, file: Path, data: dict[str, Any] | None = None, where: str = "", position: tuple[str, int] | None = None
+    ) -> None:
+        self.file, self.where, self.position = file, where, position
         self.text = _read(file)
         if data is None:
             try:
@@ -270,9 +274,23 @@ class _Table:
         self.data = dict(data)
 
     def _line(self, key: str) -> str:
+        """', line 7' for the place where this table says `key`; '' if it cannot be told."""
         lines = self.text.split("\n")
         hits = [number for number, line in enumerate(lines, 1) if re.match(rf"\s*\[*\s*{re.escape(key)}\b", line)]
-        return f", line {hits[-1]}" if hits else ""
+        heads = [number for number, line in enumerate(lines, 1) if line.lstrip().startswith("[[")]
+        first, last = self._span(heads, len(lines))
+        inside = [number for number in hits if first <= number < last] or hits
+        return f", line {inside[0]}" if inside else ""
+
+    def _span(self, heads: list[int], count: int) -> tuple[int, int]:
+        """The lines of this table: before the first [[head]], or from the head that `position` counts."""
+        if self.position is None:
+            return 1, heads[0] if heads else count + 1
+        kind, number = self.position
+        own = [head for head in heads if self.text.split("\n")[head - 1].strip().startswith(f"[[{kind}]]")]
+        if number >= len(own):
+            return 1, count + 1
+        return own[number], min((head for head in heads if head > own[number]), default=count + 1)
 
     def take(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         if key not in self.data:
@@ -313,7 +331,7 @@ class _Table:
         tables = []
         for number, entry in enumerate(entries, 1):
             label = entry.get("name") or entry.get("title") or number
-            tables.append(_Table(self.file, entry, f"in [[{key}]] {label}, "))
+            tables.append(_Table(self.file, entry, f"in [[{key}]] {label}, ", (key, number - 1)))
         return tables
 
     def done(self) -> None:

@@ -35,7 +35,7 @@ class TestResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task. `state` is 'passed', 'open', 'failed', 'refused' (a forbidden shortcut), 'timeout' or 'not run'."""
+    """One task. `state` is one of passed, open, failed, refused (a forbidden shortcut), timeout, memory, not run."""
 
     name: str
     level: str
@@ -167,9 +167,9 @@ def _state(states: list[str]) -> str:
         return "not run"
     if all(state == "passed" for state in states):
         return "passed"
-    for state in ("forbidden", "timeout"):
+    for state, word in (("forbidden", "refused"), ("timeout", "timeout"), ("memory", "memory")):
         if state in states:
-            return "refused" if state == "forbidden" else state
+            return word
     if all(state in ("passed", "open", "not run") for state in states):
         return "open" if "open" in states else "not run"
     return "failed"
@@ -192,6 +192,13 @@ def _outcome(
             NOT_RUN,
             f"Not run: {not_run['reason']}.",
             "run it on a machine that has one, or with --device cpu",
+            *nothing,
+        )
+    if run.ended == "worker" and run.phase in ("importing", "testing", "after"):
+        return (
+            CRASH,
+            f"The code ended the process that checks it, {_where(run, tasks)}.",
+            "remove what kills processes",
             *nothing,
         )
     fault = run.first("fault")

@@ -89,7 +89,7 @@ class _Proof:
         yield self.mutants()
 
     def run(self, source: str, **options: Any) -> Run:
-        options = {"seed": SEEDS[0], "cost": False, **options}
+        options = {"seed": SEEDS[0], "cost": False, "trusted": True, **options}
         asked = request.check(self.track, self.kata, {self.kata.slug: (self.path, source)}, **options)
         return self.worker.run(asked, request.limits(self.kata, diagnosis=60.0))
 
@@ -178,7 +178,12 @@ class _Proof:
             tasks = [task.name for task in self.kata.tasks if reached.intersection(task.names)] or every
             jobs.append({"key": mutant.key, "source": mutant.source, "tasks": tasks})
         asked = request.check(
-            self.track, self.kata, {self.kata.slug: (self.path, self.reference)}, seed=SEEDS[0], cost=False
+            self.track,
+            self.kata,
+            {self.kata.slug: (self.path, self.reference)},
+            seed=SEEDS[0],
+            cost=False,
+            trusted=True,
         )
         asked.update(mode="mutants", mutants=jobs, durations=self.durations, jobs=os.cpu_count() or 1)
         run = self.worker.run(asked, request.limits(self.kata))

@@ -208,6 +208,8 @@ class Worker:
 
         Raises OurFault if the worker cannot be started or refuses.
         """
+        if self.process is not None and self.process.poll() is not None:
+            self.close()
         if self.process is None:
             self.start()
         nonce = secrets.token_hex(16)

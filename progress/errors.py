@@ -37,9 +37,7 @@ def explain(path: Path, error: Exception) -> StoreError:
     if "locked" in words or "busy" in words:
         return StoreError(f"Another process keeps {path} locked: wait until it has ended and try again.")
     if "disk i/o error" in words:
-        return StoreError(
-            f"{path} cannot be read or written (disk I/O error): the disk is full or failing, make room."
-        )
+        return StoreError(f"{path} cannot be read or written (disk I/O error): the disk is full or failing, make room.")
     if is_damage(error):
         return StoreError(
             f"{path} is damaged ({error}): run the command again, which moves it aside and begins a new one."

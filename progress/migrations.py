@@ -70,10 +70,7 @@ MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [m001_initial, m002_ind
 
 def applied(db: sqlite3.Connection) -> list[str]:
     """The names of the steps that this file has seen."""
-    if (
-        db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'migrations'").fetchone()
-        is None
-    ):
+    if db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'migrations'").fetchone() is None:
         return []
     return [name for (name,) in db.execute("SELECT name FROM migrations ORDER BY seq")]
 

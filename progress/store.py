@@ -94,9 +94,7 @@ class Store:
                 resources.callback(db.close)
                 damage = storefile.find_damage(db)
             if damage:
-                raise StoreError(
-                    f"{path} is damaged ({damage}) and cannot be moved aside: make its folder writable."
-                )
+                raise StoreError(f"{path} is damaged ({damage}) and cannot be moved aside: make its folder writable.")
             _refuse_strangers(path, db)
             if len(migrations.applied(db)) < len(migrations.MIGRATIONS):
                 raise StoreError(
@@ -177,9 +175,7 @@ class Store:
         )
         marks = ", ".join("?" * len(values))
         with self.transaction():
-            return self._add(
-                f"INSERT INTO attempts ({_ATTEMPT}) VALUES ({marks}) ON CONFLICT DO NOTHING", values
-            )
+            return self._add(f"INSERT INTO attempts ({_ATTEMPT}) VALUES ({marks}) ON CONFLICT DO NOTHING", values)
 
     def attempts(self, kata: str | None = None, limit: int | None = None) -> list[Attempt]:
         """All checks, or those of one kata, newest first."""
@@ -225,9 +221,7 @@ class Store:
         """The source with this sha, as it was last taken."""
         found = self._snapshots("sha = ?", (sha,), limit=1)
         if not found:
-            raise StoreError(
-                f"There is no snapshot {sha} in {self.path}: kata history lists those that there are."
-            )
+            raise StoreError(f"There is no snapshot {sha} in {self.path}: kata history lists those that there are.")
         return found[0]
 
     def find_snapshots(self, kata: str, prefix: str) -> list[Snapshot]:
@@ -327,9 +321,7 @@ class Store:
 
     def started(self, kata: str) -> str | None:
         """When the kata was first fetched."""
-        rows = self._ask(
-            "SELECT fetched FROM fetches WHERE kata = ? ORDER BY rtrim(fetched, 'Z') LIMIT 1", (kata,)
-        )
+        rows = self._ask("SELECT fetched FROM fetches WHERE kata = ? ORDER BY rtrim(fetched, 'Z') LIMIT 1", (kata,))
         return rows[0][0] if rows else None
 
     def current(self) -> str | None:
@@ -357,8 +349,7 @@ class Store:
     def progress(self) -> dict[str, KataProgress]:
         """Where the learner stands with every kata that was fetched or checked, in two queries."""
         rows = self._ask(
-            "SELECT kata, started, duration, passed, tasks FROM attempts "
-            "ORDER BY rtrim(started, 'Z') DESC, seq DESC"
+            "SELECT kata, started, duration, passed, tasks FROM attempts ORDER BY rtrim(started, 'Z') DESC, seq DESC"
         )
         of_kata: dict[str, list[tuple]] = {}
         for kata, *rest in rows:

@@ -99,9 +99,7 @@ def _sources(sources):
         if not isinstance(source, str):
             raise StoreError(f"The source {sha!r:.40} of the export must be a text: export it again.")
         if source_sha(source) != sha:
-            raise StoreError(
-                f"The source {sha!r:.40} of the export is not the one that was exported: export it again."
-            )
+            raise StoreError(f"The source {sha!r:.40} of the export is not the one that was exported: export it again.")
     return sources
 
 
@@ -111,9 +109,7 @@ def _record(kind, entry, where, sources):
     if kind is Snapshot:
         sha = _get(entry, "sha", where)
         if not isinstance(sha, str) or sha not in sources:
-            raise StoreError(
-                f"{where} of the export names the source {sha!r:.40}, which is missing: export it again."
-            )
+            raise StoreError(f"{where} of the export names the source {sha!r:.40}, which is missing: export it again.")
         entry = {**entry, "source": sources[sha]}
     values = {field.name: _get(entry, field.name, where) for field in fields(kind)}
     try:

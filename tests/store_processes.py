@@ -1,6 +1,6 @@
 """What the tests of the store let other processes do: python store_processes.py VERB PATH [ARGUMENT]."""
 
-import fcntl  # noqa: F401  imported before the rights are dropped, like tempfile
+import fcntl  # noqa: F401  what is imported on demand must be here before the rights are dropped
 import json
 import os
 import random
@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import urllib.parse  # noqa: F401
 import uuid
 from pathlib import Path
 
@@ -33,11 +34,23 @@ def attempt(kata="day01", **changes):
 
 def write(path, count):
     """Open, record, close, over and over, like checks in two terminals."""
-    for number in range(int(count)):
-        one = attempt(kata=f"day{number % 3:02}")
-        with Store.open(path) as store:
-            store.record(one, f"x = {one.id!r}\n" * 20)
-        print(one.id, flush=True)
+    for _ in range(int(count)):
+        print(_write_one(path), flush=True)
+
+
+def write_on(path):
+    """The same until standard input ends; what was written is told then."""
+    ids = []
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        ids.append(_write_one(path))
+    print(*ids)
+
+
+def _write_one(path):
+    one = attempt()
+    with Store.open(path) as store:
+        store.record(one, f"x = {one.id!r}\n" * 20)
+    return one.id
 
 
 def kill(path, rounds):

@@ -203,9 +203,7 @@ def test_recurrent_layers():
     ):
         forward = 2 * steps * batch * gates * hidden * (inputs + hidden)
         assert cost(layer, x).flops == forward
-        if (
-            gates == 4
-        ):  # fused, both ways; the others leave out what nobody asks for, such as the gradient of x
+        if gates == 4:  # fused, both ways; the others leave out what nobody asks for, such as the gradient of x
             assert cost(lambda layer=layer: layer(x)[0].sum().backward()).flops == 3 * forward
 
 
@@ -253,13 +251,9 @@ DISGUISED = {
     "mean": lambda a, b: (a[:, :, None] * b).mean(1) * 7,
     "expanded operands": lambda a, b: (a[:, :, None].expand(6, 7, 5) * b.expand(6, 7, 5)).sum(1),
     "in place": lambda a, b: a[:, :, None].repeat(1, 1, 5).mul_(b).sum(1),
-    "out": lambda a, b: torch.sum(
-        torch.mul(a[:, :, None], b, out=torch.empty(6, 7, 5)), 1, out=torch.empty(6, 5)
-    ),
+    "out": lambda a, b: torch.sum(torch.mul(a[:, :, None], b, out=torch.empty(6, 7, 5)), 1, out=torch.empty(6, 5)),
     "transposed": lambda a, b: (a[:, None] * b.T).transpose(1, 2).sum(1),
-    "permuted, then copied": lambda a, b: (
-        (a[:, None] * b.T).permute(2, 1, 0).reshape(7, 30).sum(0).view(5, 6).T
-    ),
+    "permuted, then copied": lambda a, b: (a[:, None] * b.T).permute(2, 1, 0).reshape(7, 30).sum(0).view(5, 6).T,
     "scaled": lambda a, b: (2 * (a[:, :, None] * b) / 2).sum(1),
     "in another precision": lambda a, b: (a[:, :, None] * b).double().sum(1).float(),
     "through a buffer": lambda a, b: torch.empty(6, 7, 5).copy_(a[:, :, None] * b).sum(1),
@@ -697,9 +691,7 @@ def test_overwriting_a_saved_tensor_is_still_an_error():
     with Meter():
         y = x.exp()
         y.add_(1)
-        with pytest.raises(
-            RuntimeError, match="modified by an inplace operation.*version 1; expected version 0"
-        ):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation.*version 1; expected version 0"):
             y.sum().backward()
         z = x * 2
         w = z * z

@@ -310,9 +310,7 @@ def test_a_limit_spreads_over_each_definition_and_keeps_the_keys():
 
 
 def test_a_long_module_is_quick():
-    source = "\n".join(
-        SAMPLE.replace("attention", f"attention{i}").replace("MLP", f"MLP{i}") for i in range(12)
-    )
+    source = "\n".join(SAMPLE.replace("attention", f"attention{i}").replace("MLP", f"MLP{i}") for i in range(12))
     start = time.perf_counter()
     found = generate(source)
     assert len(found) > 500

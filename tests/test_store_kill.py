@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -19,18 +21,34 @@ HELPER = Path(__file__).with_name("store_processes.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(progress.__file__).parents[1])}
 
 
-def start(*arguments):
-    command = [sys.executable, str(HELPER), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def start():
+    """Start the helper; whatever still runs when the test is over is ended."""
+    with ExitStack() as processes:
+
+        def begin(*arguments):
+            command = [sys.executable, str(HELPER), *map(str, arguments)]
+            pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+            process = processes.enter_context(subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes))
+            processes.callback(process.kill)
+            return process
+
+        yield begin
 
 
-def finish(process, timeout=60):
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
+@pytest.fixture
+def quick_folder(tmp_path):
+    """A folder in memory where there is one: a kill, unlike a power cut, spares what was not yet synced."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="kata-store-", dir=memory) as folder:
+        yield Path(folder)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
     return out, err, process.returncode
 
 
@@ -40,7 +58,7 @@ def assert_sound(path):
         assert migrations.applied(db) == [step.__name__ for step in migrations.MIGRATIONS]
 
 
-def test_two_writers_lose_nothing_and_are_never_locked_out(tmp_path):
+def test_two_writers_lose_nothing_and_are_never_locked_out(tmp_path, start):
     path = tmp_path / ".kata" / "progress.db"
     writers = [start("write", path, 150) for _ in range(2)]
     ids = set()
@@ -55,7 +73,7 @@ def test_two_writers_lose_nothing_and_are_never_locked_out(tmp_path):
         assert store.damaged_kept_at is None
 
 
-def test_many_processes_that_create_at_once_share_one_store(tmp_path):
+def test_many_processes_that_create_at_once_share_one_store(tmp_path, start):
     for number in range(4):
         path = tmp_path / str(number) / ".kata" / "progress.db"
         writers = [start("write", path, 3) for _ in range(5)]
@@ -71,7 +89,7 @@ def test_many_processes_that_create_at_once_share_one_store(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["garbage", "broken pages and a log"])
-def test_many_processes_that_find_a_damaged_store_keep_it_once(tmp_path, kind):
+def test_many_processes_that_find_a_damaged_store_keep_it_once(tmp_path, kind, start):
     path = tmp_path / "progress.db"
     log = Path(f"{path}-wal")
     data = b"no database at all" * 100
@@ -97,13 +115,12 @@ def test_many_processes_that_find_a_damaged_store_keep_it_once(tmp_path, kind):
         assert Path(f"{kept[0]}-wal").read_bytes() == saved
 
 
-def test_what_was_acknowledged_survives_two_hundred_kills(tmp_path):
-    path = tmp_path / "progress.db"
-    began = time.monotonic()
-    survivor = start("write", path, 1500)  # shares the file with those that die
+def test_what_was_acknowledged_survives_two_hundred_kills(quick_folder, start):
+    path = quick_folder / "progress.db"
+    survivor = start("write_on", path)  # shares the file with those that die, for as long as they do
     out, err, code = finish(start("kill", path, 200))
     assert (code, err) == (0, "")
-    assert time.monotonic() - began < 25
+    assert survivor.poll() is None
     survived, err, code = finish(survivor)
     assert (code, err) == (0, "")
     told = json.loads(out)
@@ -111,7 +128,7 @@ def test_what_was_acknowledged_survives_two_hundred_kills(tmp_path):
     acknowledged = {Path(name): set(ids) for name, ids in told["acknowledged"].items()}
     acknowledged[path] |= set(survived.split())
     assert len(acknowledged) == 41
-    assert len(acknowledged[path]) >= 1500 + 160
+    assert len(acknowledged[path]) >= 160 + len(survived.split()) > 160 + 20
     assert any(not ids for ids in acknowledged.values())  # some were killed before their first word
     for where, ids in acknowledged.items():
         with Store.open(where) as store:
@@ -124,7 +141,7 @@ def test_what_was_acknowledged_survives_two_hundred_kills(tmp_path):
         assert_sound(where)
 
 
-def test_a_kill_between_or_inside_migrations_is_harmless(tmp_path, monkeypatch):
+def test_a_kill_between_or_inside_migrations_is_harmless(tmp_path, monkeypatch, start):
     path = tmp_path / "progress.db"
     steps = list(migrations.MIGRATIONS)
     monkeypatch.setattr(migrations, "MIGRATIONS", steps[:1])
@@ -143,7 +160,7 @@ def test_a_kill_between_or_inside_migrations_is_harmless(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["m001_initial", "m002_indexes"])
-def test_a_kill_while_creating_leaves_no_half_store(tmp_path, step):
+def test_a_kill_while_creating_leaves_no_half_store(tmp_path, step, start):
     path = tmp_path / "progress.db"
     _, _, code = finish(start("die_migrating", path, step))
     assert code == -signal.SIGKILL
@@ -157,7 +174,7 @@ def test_a_kill_while_creating_leaves_no_half_store(tmp_path, step):
     assert [file.name for file in tmp_path.iterdir()] == ["progress.db"]
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, start):
     path = tmp_path / "progress.db"
     out, err, code = finish(start("full", path, 300_000))
     assert (code, err) == (0, "")
@@ -170,7 +187,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     assert_sound(path)
 
 
-def test_a_store_that_cannot_be_created_on_a_full_disk_leaves_nothing(tmp_path):
+def test_a_store_that_cannot_be_created_on_a_full_disk_leaves_nothing(tmp_path, start):
     path = tmp_path / "progress.db"
     out, err, code = finish(start("create_full", path, 2000))
     assert (code, err) == (0, "")
@@ -182,9 +199,6 @@ def test_a_store_that_cannot_be_created_on_a_full_disk_leaves_nothing(tmp_path):
 @pytest.fixture
 def read_only_store():
     """A store with one attempt in a folder that a user without rights can reach but not write."""
-    import shutil
-    import tempfile
-
     folder = Path(tempfile.mkdtemp(prefix="kata-store-"))
     path = folder / "progress.db"
     try:
@@ -198,7 +212,7 @@ def read_only_store():
         shutil.rmtree(folder)
 
 
-def test_a_read_only_store_is_refused_in_one_sentence(read_only_store):
+def test_a_read_only_store_is_refused_in_one_sentence(read_only_store, start):
     out, err, code = finish(start("read_only", read_only_store, "no"))
     assert (code, err) == (0, "")
     told = json.loads(out)
@@ -206,7 +220,7 @@ def test_a_read_only_store_is_refused_in_one_sentence(read_only_store):
     assert "cannot be written" in told["said"] and str(read_only_store) in told["said"]
 
 
-def test_a_read_only_store_can_be_read_on_request(read_only_store):
+def test_a_read_only_store_can_be_read_on_request(read_only_store, start):
     out, err, code = finish(start("read_only", read_only_store, "yes"))
     assert (code, err) == (0, "")
     answer = json.loads(out)["answer"]
@@ -215,7 +229,7 @@ def test_a_read_only_store_can_be_read_on_request(read_only_store):
     assert "cannot be written" in answer["write"]
 
 
-def test_a_read_only_store_is_read_with_its_log(tmp_path, read_only_store):
+def test_a_read_only_store_is_read_with_its_log(tmp_path, read_only_store, start):
     """The newest transactions may be in the log only, when the last writer was killed."""
     folder = read_only_store.parent
     folder.chmod(0o700)
@@ -234,7 +248,7 @@ def test_a_read_only_store_is_read_with_its_log(tmp_path, read_only_store):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == copies
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(read_only_store):
+def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(read_only_store, start):
     missing = read_only_store.parent / ".kata" / "progress.db"
     for where in (missing, read_only_store.with_name("other.db")):
         for readonly_ok in ("yes", "no"):

@@ -49,9 +49,7 @@ def fill(store, start=0, word="x"):
 def everything(data):
     """An export without the order that two stores may differ in."""
     return {
-        key: sorted(json.dumps(entry, sort_keys=True) for entry in value)
-        if isinstance(value, list)
-        else value
+        key: sorted(json.dumps(entry, sort_keys=True) for entry in value) if isinstance(value, list) else value
         for key, value in data.items()
     }
 
@@ -65,9 +63,7 @@ def data():
 
 def test_an_export_holds_everything_and_is_plain_json(data):
     assert json.loads(json.dumps(data)) == data
-    assert {
-        key: len(data[key]) for key in ("attempts", "snapshots", "sources", "hints", "solutions", "fetches")
-    } == {
+    assert {key: len(data[key]) for key in ("attempts", "snapshots", "sources", "hints", "solutions", "fetches")} == {
         "attempts": 3,
         "snapshots": 4,
         "sources": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import secrets
@@ -95,7 +96,12 @@ def run(
         app.track, kata, sources, seed=seed, device=device, only=only, helpers=app.workspace.helpers(app.track)
     )
     ran = worker.run(asked, request.limits(kata, device=device), **callbacks)
-    return judge(kata, ran, seed=seed, device=device, only=only), source, started
+    verdict = judge(kata, ran, seed=seed, device=device, only=only)
+    with contextlib.suppress(UserError):
+        if app.workspace.read(kata) != source:
+            note = "your file was saved again while it was checked; this is about what it was before"
+            verdict = dataclasses.replace(verdict, notes=(*verdict.notes, note))
+    return verdict, source, started
 
 
 def earlier(app: App, kata: Kata, source: str) -> dict[str, tuple[str, str]]:
@@ -137,8 +143,6 @@ def record(app: App, kata: Kata, verdict: Verdict, source: str, started: str, *,
     try:
         with app.store() as store:
             store.record(attempt, source)
-            if getattr(store, "damaged_kept_at", None):
-                return f"the progress file was damaged; it is kept as {store.damaged_kept_at}, and a new one was begun."
     except (UserError, StoreError, OSError) as error:
         return f"this attempt was not saved: {error}"
     return ""

@@ -131,7 +131,13 @@ def _check(request: dict[str, Any], events: int, trace: int) -> None:
                    "logging", "unittest", "threadexception", "unraisableexception", "debugging"):  # fmt: skip
         arguments += ["-p", f"no:{plugin}"]
     judge = Judge(request, channel, sources, trace)
-    code = pytest.main(arguments, plugins=[judge])
+    try:
+        code = pytest.main(arguments, plugins=[judge])
+    except Exception:
+        if not judge.concluded:  # for instance because the learner's code removed the folder that pytest goes back to
+            raise
+    if judge.concluded:
+        return
     if judge.faults and code:
         channel.send("fault", message="\n".join(judge.faults)[:4000])
     elif code in (3, 4):

@@ -20,7 +20,7 @@ class Channel:
     def __init__(self, fd: int, nonce: str) -> None:
         pid, count, write, getpid, make = os.getpid(), 0, os.write, os.getpid, seal
 
-        def send(kind: str, **data: Any) -> None:
+        def send(kind: str, /, **data: Any) -> None:
             nonlocal count
             if getpid() != pid:
                 return

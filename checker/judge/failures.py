@@ -163,6 +163,9 @@ def from_exception(
         )
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in message):
         kind, message = "memory", _memory(message)
+    elif name in ("BdbQuit", "EOFError"):
+        left = "breakpoint()" if name == "BdbQuit" else "input()"
+        message = f"{left} is left in: a check has no keyboard, so remove it"
     elif isinstance(error, AssertionError):
         kind = "assert" if not mine else "error"
         message = message.split("\n")[0]

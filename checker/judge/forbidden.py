@@ -95,6 +95,21 @@ def _resolve(name: str) -> Any:
     return None
 
 
+def forbidden_import(source: str) -> tuple[int, str] | None:
+    """The first import of the program's own packages in a learner's file: (line, name), or None."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for name in names:
+            if name.partition(".")[0] in ("reference", "checker", "katas", "progress"):
+                return node.lineno, name
+    return None
+
+
 class Guard:
     """Watches the learner's files (`files`: path -> name) while tests run; `seen` keeps what was caught, even if it was swallowed."""
 
@@ -136,7 +151,10 @@ class Guard:
             try:
                 yield
             finally:
+                removed = profile is not None and self.seen is None and sys.getprofile() is not profile
                 sys.setprofile(previous)
+            if removed:
+                self.seen = Forbidden("sys.setprofile", None, "your file", task)
 
 
 def _profile(guard: Guard, ban: Ban) -> Any:

@@ -56,7 +56,8 @@ def changed(before: dict[str, dict[str, Any]]) -> list[str]:
     for name, old in before.items():
         now = _namespace(name)
         for key, value in old.items():
-            if not callable(value) or (key.startswith("__") and name in MODULES):
+            relevant = callable(value) or isinstance(value, (classmethod, staticmethod, property))
+            if not relevant or (key.startswith("__") and name in MODULES):
                 continue
             if now.get(key) is not value and f"{name}.{key}" not in _WRAPPED_LATE:
                 found.append(f"{name}.{key}")

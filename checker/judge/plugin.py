@@ -22,7 +22,7 @@ import torch
 from checker.judge import describe, diagnose, failures, modules
 from checker.judge.events import Channel
 from checker.judge.failures import Failure, Forbidden, Mismatch, SpecFault, WrongSignature
-from checker.judge.forbidden import Ban, Guard, loop_line
+from checker.judge.forbidden import Ban, Guard, forbidden_import, loop_line
 from checker.judge.integrity import Globals, changed, snapshot
 from checker.judge.meter import unmetered
 from checker.judge.recorder import Solution
@@ -53,6 +53,7 @@ class Judge:
         self.results: dict[str, Failure | None] = {}
         self.faults: list[str] = []
         self.globals = Globals()
+        self.concluded = False  # the outcomes are sealed: what pytest says afterwards does not matter
         self._failure: Failure | None = None
         self.seconds: dict[str, float] = {}
 
@@ -123,6 +124,11 @@ class Judge:
         diagnose.run(self)
         self.measure_costs(session)
         self.send("done")
+        return True
+
+    def pytest_internalerror(self, excrepr: object) -> bool:
+        """An error of pytest or of this plugin is our fault; the last lines say what it was."""
+        self.faults.append(str(excrepr))
         return True
 
     @pytest.hookimpl(wrapper=True)
@@ -210,6 +216,11 @@ class Judge:
         if self.trace_fd is not None:
             faulthandler.dump_traceback_later(self.request["limits"]["import"], file=self.trace_fd)
         self.sources.used.clear()
+        found = None if self.request.get("trusted") else forbidden_import(self.source)
+        if found:
+            message = f"it imports {found[1]}, which belongs to the program: write the code yourself"
+            self.send("not_loaded", message=message, error="ImportError", line=found[0], trace=[])
+            return False
         try:
             self.module = modules.fresh(self.slug, self.source, self.path, self.variant())
         except BaseException as error:
@@ -283,6 +294,7 @@ class Judge:
             for thread in threading.enumerate()
             if thread is not threading.main_thread() and thread.is_alive()
         ]
+        self.concluded = True
         self.send(
             "outcomes", pid=os.getpid(), outcomes=outcomes, canary=canary, touched=touched[:5], threads=others[:5]
         )

@@ -1,8 +1,7 @@
 """Chaining."""
 
-from torch import Tensor
-
 from reference.day01_scale import scale
+from torch import Tensor
 
 
 def twice(x: Tensor, factor: float) -> Tensor:
