@@ -175,8 +175,9 @@ class EMA:
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
+    @torch.no_grad()
     def _copied(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        return {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:

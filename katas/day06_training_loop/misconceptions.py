@@ -808,7 +808,7 @@ def fit__compared_with_the_last(
 
     def worse(history, epoch):
         falls = len(history.val_loss) > 1 and history.val_loss[-1] < history.val_loss[-2]
-        bad[0] = 0 if falls or history.best_epoch == epoch - 1 and bad[0] < 0 else bad[0] + 1
+        bad[0] = 0 if falls else bad[0] + 1
         return patience is not None and bad[0] >= patience
 
     def better(history, epoch):
@@ -1134,48 +1134,49 @@ def _state(model, optimizer, scheduler, step, generator):
     }
 
 
-def _load(path, model, optimizer, scheduler, generator, but=()):
-    state = torch.load(path)
-    for name, thing in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-        if name not in but:
-            thing.load_state_dict(state[name])
-    if "generator" not in but:
-        generator.set_state(state["generator"])
-    if "global_rng" not in but:
-        torch.set_rng_state(state["global_rng"])
-    return state["step"]
+@misconception(
+    "save_checkpoint",
+    "Data and learning rates go on as before, and the losses do not: dropout draws other masks. It takes its numbers from torch's global random state, which belongs into the file as well.",
+)
+def save__without_the_global_state(path, model, optimizer, scheduler, step, generator):
+    nothing = torch.Generator().get_state()
+    _save(path, {**_state(model, optimizer, scheduler, step, generator), "global_rng": nothing})
 
 
 @misconception(
-    "load_checkpoint",
-    "Data and learning rates go on as before, and the losses do not: dropout draws other masks. It takes its numbers from torch's global random state, which has to be saved and set as well.",
+    "save_checkpoint",
+    "The data come in another order after loading: the generator that shuffles has a state of its own, which belongs into the file.",
 )
-def load__without_the_global_state(path, model, optimizer, scheduler, generator):
-    return _load(path, model, optimizer, scheduler, generator, but=("global_rng",))
+def save__without_the_generator(path, model, optimizer, scheduler, step, generator):
+    nothing = torch.Generator().get_state()
+    _save(path, {**_state(model, optimizer, scheduler, step, generator), "generator": nothing})
 
 
 @misconception(
-    "load_checkpoint",
-    "The data come in another order after loading: the generator that shuffles has a state of its own, which belongs into the checkpoint.",
+    "save_checkpoint",
+    "The weights, the data and the learning rates are right, and the steps are not: the optimizer starts with empty moments, like a fresh one. A model alone is not a training run.",
 )
-def load__without_the_generator(path, model, optimizer, scheduler, generator):
-    return _load(path, model, optimizer, scheduler, generator, but=("generator",))
+def save__without_the_moments(path, model, optimizer, scheduler, step, generator):
+    state = {**optimizer.state_dict(), "state": {}}
+    _save(path, {**_state(model, optimizer, scheduler, step, generator), "optimizer": state})
 
 
 @misconception(
-    "load_checkpoint",
-    "The optimizer has forgotten: its moments start from zero and its learning rate is that of a fresh one. A model alone is not a training run.",
+    "save_checkpoint",
+    "The scheduler counts from zero again after loading: the next change of the learning rate comes at the wrong step.",
 )
-def load__without_the_optimizer(path, model, optimizer, scheduler, generator):
-    return _load(path, model, optimizer, scheduler, generator, but=("optimizer",))
+def save__without_the_scheduler(path, model, optimizer, scheduler, step, generator):
+    state = {**scheduler.state_dict(), "last_epoch": 0, "_step_count": 1}
+    _save(path, {**_state(model, optimizer, scheduler, step, generator), "scheduler": state})
 
 
 @misconception(
-    "load_checkpoint",
-    "The scheduler counts from zero again: the next drop of the learning rate comes too late.",
+    "save_checkpoint",
+    "The file has the parameters and not the buffers: the running statistics of the batch norm are those of a fresh model. A state_dict holds both.",
 )
-def load__without_the_scheduler(path, model, optimizer, scheduler, generator):
-    return _load(path, model, optimizer, scheduler, generator, but=("scheduler",))
+def save__without_the_buffers(path, model, optimizer, scheduler, step, generator):
+    state = {**model.state_dict(), **{name: torch.zeros_like(b) for name, b in model.named_buffers()}}
+    _save(path, {**_state(model, optimizer, scheduler, step, generator), "model": state})
 
 
 @misconception(

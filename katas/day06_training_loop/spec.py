@@ -5,6 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # the first optimizer imports it, which would be counted as the time of some test
 import torch.nn.functional as F
 from torch import nn
 
@@ -51,6 +52,22 @@ class Gated(nn.Module):
 
     def forward(self, a, b):
         return self.left(a) * torch.sigmoid(self.right(b))
+
+
+class Lookup(nn.Module):
+    """Takes the rows that are wanted, and a table to take them from."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, rows, table):
+        return self.linear(table)[rows]
+
+
+def lookups(randn, randint, *sizes):
+    """Batches (rows, table, target) in which only the target tells how many examples there are."""
+    return [(randint(0, 7, (n, 1)), randn(7, 3, dtype=WIDE), randn(n, 1, 2, dtype=WIDE)) for n in sizes]
 
 
 def pairs(randn, *sizes, dtype=WIDE):
@@ -263,7 +280,9 @@ def test_gradients_are_scaled_in_place_and_parameters_stay(solution, randn):
 def test_the_norm_of_half_precision_gradients_does_not_overflow(solution, device):
     parameters = with_grads(torch.full((300, 300), 300.0, dtype=torch.float16, device=device))
     found = solution.clip_grad_norm_(parameters, 900.0)
-    assert_close(found, torch.tensor(90000.0), because="300 * 300 numbers of 300 have the norm 90000")
+    assert_close(
+        found, torch.tensor(90000.0), rtol=1e-3, because="300 * 300 numbers of 300 have the norm 90000"
+    )
     assert_close(parameters[0].grad[:2, :2], torch.full((2, 2), 3.0, dtype=torch.float16))
 
 
@@ -434,14 +453,18 @@ def test_each_submodule_is_back_in_its_own_mode(solution, randn, seed):
 @task("evaluate")
 def test_modes_are_back_when_the_loss_raises(solution, randn, seed):
     torch.manual_seed(seed)
-    model = in_modes(dropping(randn), True, False)
+    model, calm = (in_modes(dropping(randn), True, False) for _ in range(2))
     before = modes(model)
 
     def broken(output, target):
         raise ArithmeticError("broken")
 
     assert_raises(ArithmeticError, solution.evaluate, model, pairs(randn, 2), broken)
-    assert_equal(modes(model), before, because="the modes of all modules after an exception, True for train")
+    solution.evaluate(calm, pairs(randn, 2), F.mse_loss)
+    assert_equal(
+        [modes(calm), modes(model)], [before, before],
+        because="the modes of all modules, True for train, without an exception and after one",
+    )  # fmt: skip
 
 
 @task("evaluate")
@@ -501,14 +524,13 @@ def test_a_loader_without_batches_is_refused(solution, randn):
 
 
 @task("evaluate")
-def test_examples_are_the_rows_of_the_target(solution, randn):
-    model = filled(Gated(), randn)
-    batches = [tuple(randn(n, width, dtype=WIDE) for width in (3, 4, 2)) for n in (5, 1)]
+def test_examples_are_the_rows_of_the_target(solution, randn, randint):
+    model, batches = filled(Lookup(), randn), lookups(randn, randint, 5, 1)
     with torch.no_grad():
-        total = sum(F.mse_loss(model(a, b), y, reduction="sum").item() for a, b, y in batches)
+        total = sum(F.mse_loss(model(rows, table), y, reduction="sum").item() for rows, table, y in batches)
     found = solution.evaluate(model, batches, F.mse_loss)
     assert_close(
-        found, {"loss": total / 12}, because="a batch (a, b, target) means loss_fn(model(a, b), target)"
+        found, {"loss": total / 12}, because="batches (rows, table, target) with five targets and with one"
     )
 
 
@@ -752,6 +774,17 @@ def test_each_example_of_an_epoch_counts_the_same_in_train_loss(solution, randn)
 
 
 @task("fit")
+def test_examples_of_an_epoch_are_the_rows_of_its_targets(solution, randn, randint):
+    model, train = filled(Lookup(), randn), lookups(randn, randint, 5, 1)
+    expected = sum(F.mse_loss(model(rows, table), y).item() * len(y) for rows, table, y in train) / 6
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    found = solution.fit(model, train, lookups(randn, randint, 2), F.mse_loss, optimizer, epochs=1)
+    assert_close(
+        found.train_loss, [expected], because="batches (rows, table, target) with five targets and with one"
+    )
+
+
+@task("fit")
 def test_the_weights_of_the_best_epoch_are_back_at_the_end(solution, randn):
     run = Run(solution, randn, [4.0, 2.5, 3.0, 2.75])
     names = [name for name, _ in run.model.named_parameters()]
@@ -848,9 +881,8 @@ def test_the_scheduler_steps_after_the_updates_of_each_epoch(solution, randn):
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     seen = steps_of(optimizer)
     solution.fit(model, train, val, F.mse_loss, optimizer, epochs=3, scheduler=scheduler)
-    assert_close(
-        seen, [0.8, 0.8, 0.4, 0.4, 0.2, 0.2], because="learning rates of three epochs with two updates each"
-    )
+    expected = torch.tensor([0.8, 0.8, 0.4, 0.4, 0.2, 0.2])
+    assert_close(torch.tensor(seen), expected, because="learning rates of three epochs with two updates each")
 
 
 @task("fit")
@@ -937,8 +969,15 @@ def test_the_models_own_weights_are_back_after_an_exception(solution, randn):
         with ema.swap():
             raise ArithmeticError("inside")
 
+    with ema.swap():
+        pass
+    found = [weights(model)]
     assert_raises(ArithmeticError, use)
-    assert_equal(weights(model), expected, because="the block raised: its end is an end all the same")
+    found.append(weights(model))
+    assert_equal(
+        torch.stack(found), torch.stack([expected, expected]),
+        because="two rows: the weights after a block, and after a block that raised",
+    )  # fmt: skip
 
 
 @task("EMA")
@@ -1140,6 +1179,7 @@ def test_saving_disturbs_nothing(solution, seed, tmp_path):
 
 @task("checkpoint")
 def test_the_file_needs_no_trust(solution, seed, tmp_path):
+    torch.manual_seed(seed)
     training = Training(seed).run(2)
     solution.save_checkpoint(tmp_path / "run.pt", *training.parts(), 2, training.generator)
     assert_that((tmp_path / "run.pt").is_file(), "the checkpoint lies where it was asked for")
@@ -1159,6 +1199,7 @@ class Unsavable:
 @task("checkpoint")
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(solution, seed, tmp_path):
     path = tmp_path / "run.pt"
+    torch.manual_seed(seed)
     training = Training(seed).run(2)
     solution.save_checkpoint(path, *training.parts(), 2, training.generator)
     expected = weights(training.model)
@@ -1185,6 +1226,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(solution, seed, tmp_p
 @task("checkpoint")
 def test_a_checkpoint_can_be_loaded_twice(solution, seed, tmp_path):
     path = tmp_path / "run.pt"
+    torch.manual_seed(seed)
     training = Training(seed).run(4)
     solution.save_checkpoint(path, *training.parts(), 4, training.generator)
     one, two = Training(seed), Training(seed)

@@ -1,7 +1,8 @@
 """Day 06: the training loop. Four steps in one order, averages that weigh by size, and what to keep of a run.
 
-A batch is a tuple or list (*inputs, target) of tensors with the examples along axis 0. The model is called
-with the inputs, `loss_fn(output, target)` returns the mean loss of the batch as a scalar tensor.
+A batch is a tuple or list (*inputs, target) of tensors: the model is called with the inputs, and
+`loss_fn(output, target)` returns the mean loss of the batch as a scalar tensor. A batch has as many examples
+as its target has rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,8 +67,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all examples of a loader, under the key "loss".
 
-    Every example counts the same, also where batches have different sizes; a batch has as many examples as
-    its target has rows. `loss_fn` may return a dict of scalar tensors instead, each the mean of the batch:
+    Every example counts the same, also where batches have different sizes. `loss_fn` may return a dict of scalar tensors instead, each the mean of the batch:
     then the result has the same keys. All results are Python floats. The loader is gone through once, so that
     a generator will do; one without batches raises ValueError.
 
