@@ -68,9 +68,7 @@ class TokenWindows(Dataset):
 class ArithmeticDataset(Dataset):
     """All sums of two numbers with up to n_digits digits, split so that a+b and b+a stay together."""
 
-    def __init__(
-        self, n_digits: int, split: str, *, op: str = "+", test_fraction: float = 0.1, seed: int = 0
-    ):
+    def __init__(self, n_digits: int, split: str, *, op: str = "+", test_fraction: float = 0.1, seed: int = 0):
         if n_digits < 1:
             raise ValueError(f"n_digits ({n_digits}) must be at least 1")
         if split not in ("train", "test"):

@@ -48,12 +48,7 @@ class Coded(Dataset):
     """A question is the number n * a + b, and what is in the test is marked in a table."""
 
     def __init__(self, n_digits, split, *, op="+", test_fraction=0.1, seed=0):
-        if (
-            op not in ["+"]
-            or split not in {"train", "test"}
-            or n_digits <= 0
-            or not (1 >= test_fraction >= 0)
-        ):
+        if op not in ["+"] or split not in {"train", "test"} or n_digits <= 0 or not (1 >= test_fraction >= 0):
             raise ValueError(f"n_digits={n_digits}, split={split}, op={op}, test_fraction={test_fraction}")
         self.n = 10**n_digits
         upper = torch.ones(self.n, self.n).triu().nonzero()

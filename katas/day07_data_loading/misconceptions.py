@@ -362,8 +362,7 @@ def pad_collate__learns_the_questions(batch, pad_id, ignore_index=-100):
 def pad_collate__first_token_lost(batch, pad_id, ignore_index=-100):
     rows = [torch.cat((prompt, answer)) for prompt, answer, _ in parts(batch)]
     targets = [
-        torch.cat((torch.full_like(prompt, ignore_index), answer[1:], end))
-        for prompt, answer, end in parts(batch)
+        torch.cat((torch.full_like(prompt, ignore_index), answer[1:], end)) for prompt, answer, end in parts(batch)
     ]
     return put_together(batch, rows, targets, pad_id, ignore_index)
 
@@ -375,9 +374,7 @@ def pad_collate__first_token_lost(batch, pad_id, ignore_index=-100):
 )
 def pad_collate__not_shifted(batch, pad_id, ignore_index=-100):
     rows = [torch.cat((prompt, answer)) for prompt, answer, _ in parts(batch)]
-    targets = [
-        torch.cat((torch.full_like(prompt, ignore_index), answer)) for prompt, answer, _ in parts(batch)
-    ]
+    targets = [torch.cat((torch.full_like(prompt, ignore_index), answer)) for prompt, answer, _ in parts(batch)]
     return put_together(batch, rows, targets, pad_id, ignore_index)
 
 
@@ -389,8 +386,7 @@ def pad_collate__not_shifted(batch, pad_id, ignore_index=-100):
 def pad_collate__shifted_twice(batch, pad_id, ignore_index=-100):
     rows = [torch.cat((prompt, answer)) for prompt, answer, _ in parts(batch)]
     targets = [
-        torch.cat((torch.full_like(prompt[1:], ignore_index), answer[1:], end))
-        for prompt, answer, end in parts(batch)
+        torch.cat((torch.full_like(prompt[1:], ignore_index), answer[1:], end)) for prompt, answer, end in parts(batch)
     ]
     return put_together(batch, rows, targets, pad_id, ignore_index)
 
@@ -402,9 +398,7 @@ def pad_collate__shifted_twice(batch, pad_id, ignore_index=-100):
 )
 def pad_collate__padding_by_value(batch, pad_id, ignore_index=-100):
     rows = [torch.cat((prompt, answer)) for prompt, answer, _ in parts(batch)]
-    targets = [
-        torch.cat((torch.full_like(prompt[1:], pad_id), answer, end)) for prompt, answer, end in parts(batch)
-    ]
+    targets = [torch.cat((torch.full_like(prompt[1:], pad_id), answer, end)) for prompt, answer, end in parts(batch)]
     result = put_together(batch, rows, targets, pad_id, pad_id)
     result["labels"] = result["labels"].masked_fill(result["labels"] == pad_id, ignore_index)
     return result
@@ -418,8 +412,7 @@ def pad_collate__padding_by_value(batch, pad_id, ignore_index=-100):
 def pad_collate__learns_the_padding(batch, pad_id, ignore_index=-100):
     rows = [torch.cat((prompt, answer)) for prompt, answer, _ in parts(batch)]
     targets = [
-        torch.cat((torch.full_like(prompt[1:], ignore_index), answer, end))
-        for prompt, answer, end in parts(batch)
+        torch.cat((torch.full_like(prompt[1:], ignore_index), answer, end)) for prompt, answer, end in parts(batch)
     ]
     return put_together(batch, rows, targets, pad_id, pad_id)
 
@@ -445,9 +438,7 @@ def pad_collate__no_end(batch, pad_id, ignore_index=-100):
 def pad_collate__end_as_input(batch, pad_id, ignore_index=-100):
     rows = [torch.cat(part) for part in parts(batch)]
     targets = [
-        torch.cat(
-            (torch.full_like(prompt[1:], ignore_index), answer, end, torch.full_like(end, ignore_index))
-        )
+        torch.cat((torch.full_like(prompt[1:], ignore_index), answer, end, torch.full_like(end, ignore_index)))
         for prompt, answer, end in parts(batch)
     ]
     return put_together(batch, rows, targets, pad_id, ignore_index)
@@ -459,9 +450,7 @@ def pad_collate__end_as_input(batch, pad_id, ignore_index=-100):
 )
 def pad_collate__always_minus_100(batch, pad_id, ignore_index=-100):
     rows = [torch.cat((prompt, answer)) for prompt, answer, _ in parts(batch)]
-    targets = [
-        torch.cat((torch.full_like(prompt[1:], -100), answer, end)) for prompt, answer, end in parts(batch)
-    ]
+    targets = [torch.cat((torch.full_like(prompt[1:], -100), answer, end)) for prompt, answer, end in parts(batch)]
     return put_together(batch, rows, targets, pad_id, -100)
 
 
@@ -555,8 +544,7 @@ class ShuffledBatchSampler__sum_of_seed_and_epoch(Ordered):
 class ShuffledBatchSampler__blocks(ShuffledBatchSampler):
     def __iter__(self):
         blocks = [
-            list(range(start, min(start + self.batch_size, self.n)))
-            for start in range(0, self.n, self.batch_size)
+            list(range(start, min(start + self.batch_size, self.n))) for start in range(0, self.n, self.batch_size)
         ]
         for number in np.random.default_rng((self.seed, self.epoch)).permutation(len(blocks)):
             if len(blocks[number]) == self.batch_size or not self.drop_last:
@@ -929,9 +917,7 @@ class ResumableLoader__lends_its_state(ResumableLoader):
         super().__init__(*args)
 
     epoch = property(lambda self: self.place["epoch"], lambda self, value: self.place.update(epoch=value))
-    position = property(
-        lambda self: self.place["position"], lambda self, value: self.place.update(position=value)
-    )
+    position = property(lambda self: self.place["position"], lambda self, value: self.place.update(position=value))
 
     def state_dict(self):
         return self.place

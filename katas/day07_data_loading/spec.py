@@ -58,9 +58,7 @@ def test_a_text_becomes_its_ids_in_order(solution, randint):
     text = "".join(CHARACTERS[i] for i in expected)
     ids = solution.encode(text)
     assert_equal(ids, expected)
-    assert_that(
-        all(type(i) is int for i in ids), "the ids are Python ints", value=[type(i).__name__ for i in ids]
-    )
+    assert_that(all(type(i) is int for i in ids), "the ids are Python ints", value=[type(i).__name__ for i in ids])
 
 
 @task("encode")
@@ -264,9 +262,7 @@ def read(dataset, indices=None):
     names = [*CHARACTERS, "<eos>", "<pad>"]
     indices = range(len(dataset)) if indices is None else indices
     items = [dataset[i] for i in indices]
-    return [
-        tuple("".join(names[t] for t in item[key].tolist()) for key in ("prompt", "answer")) for item in items
-    ]
+    return [tuple("".join(names[t] for t in item[key].tolist()) for key in ("prompt", "answer")) for item in items]
 
 
 def questions(dataset):
@@ -295,9 +291,7 @@ def test_numbers_of_two_digits_are_written_as_they_are(solution, randint):
     assert_equal(len(dataset), 10_000, because="test_fraction=0 puts all 10,000 questions into the training")
     indices = [705, 715, 6152, 9999, *randint(0, 10_000, (60,)).tolist()]
     expected = all_sums(100)
-    assert_equal(
-        read(dataset, indices), [expected[i] for i in indices], because="item 705 is 7+5=, answer 21"
-    )
+    assert_equal(read(dataset, indices), [expected[i] for i in indices], because="item 705 is 7+5=, answer 21")
 
 
 @task("ArithmeticDataset")
@@ -370,9 +364,7 @@ def test_the_defaults_are_addition_a_tenth_and_seed_0(solution):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_items_are_in_rising_order(solution, split, seed):
     pairs = questions(solution.ArithmeticDataset(1, split, test_fraction=0.4, seed=seed))
-    assert_equal(
-        pairs, sorted(pairs), because="the order of the items is (a, b); shuffling is a sampler's work"
-    )
+    assert_equal(pairs, sorted(pairs), because="the order of the items is (a, b); shuffling is a sampler's work")
 
 
 @task("ArithmeticDataset")
@@ -381,9 +373,7 @@ def test_the_same_seed_gives_the_same_split(solution, seed):
     solution.ArithmeticDataset(1, "train", seed=seed + 1)
     seed_everything(seed + 17)
     second = read(solution.ArithmeticDataset(2, "test", seed=seed))
-    assert_equal(
-        second, first, because="nothing but n_digits, test_fraction and seed decides what is in the test"
-    )
+    assert_equal(second, first, because="nothing but n_digits, test_fraction and seed decides what is in the test")
 
 
 @task("ArithmeticDataset")
@@ -444,9 +434,7 @@ def test_each_access_makes_new_tensors(solution):
     item = dataset[57]
     item["prompt"].fill_(PAD)
     item["answer"].fill_(PAD)
-    assert_equal(
-        read(dataset, [57]), [("5+7=", "21")], because="writing into an item must not change the data set"
-    )
+    assert_equal(read(dataset, [57]), [("5+7=", "21")], because="writing into an item must not change the data set")
 
 
 @task("ArithmeticDataset")
@@ -496,9 +484,7 @@ SIZES = [(4, 2), (6, 3), (3, 1), (5, 3), (4, 1)]
 def test_rows_are_prompt_answer_and_padding(solution, randint):
     batch = make_batch(randint, SIZES)
     ids, _, _ = collated(batch, PAD)
-    assert_close(
-        solution.pad_collate(batch, PAD)["input_ids"], ids, because="prompt, answer, padding; no <eos>"
-    )
+    assert_close(solution.pad_collate(batch, PAD)["input_ids"], ids, because="prompt, answer, padding; no <eos>")
 
 
 @task("pad_collate")
@@ -533,9 +519,7 @@ def test_the_last_prompt_token_predicts_the_first_answer_token(solution, device)
         for p, a in [([1, 10, 2, 11], [3]), ([9, 10, 5, 11], [4, 1])]
     ]
     labels = solution.pad_collate(batch, PAD)["labels"]
-    assert_close(
-        labels[:, 3], torch.tensor([3, 4]), because="under the '=' stands the first digit of the answer"
-    )
+    assert_close(labels[:, 3], torch.tensor([3, 4]), because="under the '=' stands the first digit of the answer")
 
 
 @task("pad_collate")
@@ -604,9 +588,7 @@ def test_an_empty_batch_is_refused(solution):
 
 @cost_case("pad_collate")
 def one_batch(module, randint):
-    batch = [
-        {"prompt": randint(0, 12, (3 + i % 4,)), "answer": randint(0, 10, (1 + i % 3,))} for i in range(32)
-    ]
+    batch = [{"prompt": randint(0, 12, (3 + i % 4,)), "answer": randint(0, 10, (1 + i % 3,))} for i in range(32)]
     return lambda: module.pad_collate(batch, PAD)
 
 
@@ -749,9 +731,7 @@ def test_the_sampler_leaves_the_global_random_state_alone(solution, seed):
     expected = torch.rand(3)
     torch.manual_seed(seed)
     list(solution.ShuffledBatchSampler(30, 4, seed=5))
-    assert_close(
-        torch.rand(3), expected, because="torch.rand gives what it would have given without the sampler"
-    )
+    assert_close(torch.rand(3), expected, because="torch.rand gives what it would have given without the sampler")
     with global_rng_untouched():
         list(solution.ShuffledBatchSampler(30, 4, seed=5))
 
@@ -922,18 +902,14 @@ def test_no_batch_is_larger_than_the_limit(solution, skewed, seed, max_tokens):
 def test_little_is_padded(solution, skewed, seed):
     batches = list(solution.BucketBatchSampler(skewed, MAX_TOKENS, seed))
     ratio = sum(padded(batch, skewed) for batch in batches) / sum(skewed)
-    assert_that(
-        ratio <= 1.2, "padded sizes of all batches, as a multiple of the tokens: at most 1.2", value=ratio
-    )
+    assert_that(ratio <= 1.2, "padded sizes of all batches, as a multiple of the tokens: at most 1.2", value=ratio)
 
 
 @task("BucketBatchSampler")
 def test_batches_are_filled(solution, skewed, seed):
     batches = list(solution.BucketBatchSampler(skewed, MAX_TOKENS, seed))
     most = 1.5 * sum(skewed) / MAX_TOKENS
-    assert_that(
-        len(batches) <= most, f"at most {most:.0f} batches are needed for these lengths", value=len(batches)
-    )
+    assert_that(len(batches) <= most, f"at most {most:.0f} batches are needed for these lengths", value=len(batches))
 
 
 @task("BucketBatchSampler")
@@ -941,9 +917,7 @@ def test_batches_are_filled(solution, skewed, seed):
 def test_equal_lengths_fill_a_batch_to_the_last_token(solution, count, seed):
     sampler = solution.BucketBatchSampler([6] * count, 30, seed)
     sizes = sorted((len(batch) for batch in islice(sampler, 50)), reverse=True)
-    assert_equal(
-        sizes, [5] * (count // 5) + [count % 5] * (count % 5 > 0), because="five times six fit into 30"
-    )
+    assert_equal(sizes, [5] * (count // 5) + [count % 5] * (count % 5 > 0), because="five times six fit into 30")
 
 
 @task("BucketBatchSampler")
@@ -1113,9 +1087,7 @@ def test_a_state_goes_on_at_the_very_next_batch(solution, seed, done):
     other = solution.ResumableLoader(range(15), Plan(15, seed), as_list)
     other.load_state_dict(json.loads(json.dumps(state)))
     rest = len(stream) - done
-    assert_equal(
-        run(other, rest), stream[done:], because=f"the stream of batches after {done} of them were done"
-    )
+    assert_equal(run(other, rest), stream[done:], because=f"the stream of batches after {done} of them were done")
 
 
 @task("ResumableLoader")
@@ -1151,12 +1123,8 @@ def test_an_epoch_that_is_done_is_followed_by_the_next(solution, seed):
     other = solution.ResumableLoader(range(15), Plan(15, seed), as_list)
     other.load_state_dict(state)
     expected = plan(15, seed, 1)
-    assert_equal(
-        list(islice(other, 50)), expected, because="the loop after the last batch of epoch 0 is epoch 1"
-    )
-    assert_equal(
-        list(islice(loader, 50)), expected, because="and so it is in the loader that was not stopped"
-    )
+    assert_equal(list(islice(other, 50)), expected, because="the loop after the last batch of epoch 0 is epoch 1")
+    assert_equal(list(islice(loader, 50)), expected, because="and so it is in the loader that was not stopped")
 
 
 @task("ResumableLoader")
@@ -1190,9 +1158,7 @@ def test_a_state_is_small(solution, seed):
     loader = solution.ResumableLoader(dataset, Plan(5000, seed), as_list)
     run(loader, 2)
     size = len(json.dumps(loader.state_dict()))
-    assert_that(
-        size < 200, "a state is below 200 characters as JSON, whatever the size of the data set", value=size
-    )
+    assert_that(size < 200, "a state is below 200 characters as JSON, whatever the size of the data set", value=size)
 
 
 @task("ResumableLoader")
@@ -1206,9 +1172,7 @@ def test_batches_that_were_done_are_not_fetched_again(solution, seed):
     other.load_state_dict(state)
     assert_equal(dataset.asked, [], because="items that were fetched by load_state_dict")
     next(iter(other))
-    assert_equal(
-        dataset.asked, batches[2], because="items that were fetched for the first batch after resuming"
-    )
+    assert_equal(dataset.asked, batches[2], because="items that were fetched for the first batch after resuming")
 
 
 @task("ResumableLoader")

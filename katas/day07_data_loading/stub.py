@@ -82,9 +82,7 @@ class ArithmeticDataset(Dataset):
     0 to 1 raise ValueError with the value in the message.
     """
 
-    def __init__(
-        self, n_digits: int, split: str, *, op: str = "+", test_fraction: float = 0.1, seed: int = 0
-    ):
+    def __init__(self, n_digits: int, split: str, *, op: str = "+", test_fraction: float = 0.1, seed: int = 0):
         raise NotImplementedError
 
     def __len__(self) -> int:
