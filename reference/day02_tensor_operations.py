@@ -10,6 +10,7 @@ for softmax" (arXiv 1805.02867).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -17,15 +18,12 @@ from torch import Tensor
 
 def broadcast_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape that two tensors of shapes `a` and `b` have together."""
-    rank = max(len(a), len(b))
-    padded_a = (1,) * (rank - len(a)) + tuple(a)
-    padded_b = (1,) * (rank - len(b)) + tuple(b)
     sizes = []
-    for m, n in zip(padded_a, padded_b, strict=True):
+    for m, n in zip_longest(reversed(a), reversed(b), fillvalue=1):
         if m != n and 1 not in (m, n):
             raise ValueError(f"shapes {tuple(a)} and {tuple(b)} do not broadcast: {m} against {n}")
         sizes.append(n if m == 1 else m)
-    return tuple(sizes)
+    return tuple(reversed(sizes))
 
 
 def column_mse(pred: Tensor, target: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     if x.dim() == 0:
         raise ValueError("softmax needs an axis to sum over, but x has shape ()")
     if x.shape[dim] == 0:
-        return x.clone()
+        return torch.empty_like(x)
     wide = _at_least_float32(x)
     weights = (wide - wide.amax(dim, keepdim=True)).exp()
     return (weights / weights.sum(dim, keepdim=True)).to(x.dtype)
@@ -80,7 +78,7 @@ def masked_mean(
 ) -> Tensor:
     """Return the mean of the entries where `mask` is True, and 0 where there is none."""
     if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=x.device)
+        mask = x.new_ones((), dtype=torch.bool)
     mask = _expand_mask(mask, x)
     total = _at_least_float32(x).masked_fill(~mask, 0.0).sum(dim, keepdim=keepdim)
     count = mask.sum(dim, keepdim=keepdim)
@@ -106,13 +104,11 @@ def chunked_logsumexp(chunks: Iterable[Tensor]) -> Tensor:
     for chunk in chunks:
         pair = _summarize(_at_least_float32(chunk))
         if state is None:
-            state, dtype = pair, chunk.dtype
-        elif pair[0].shape != state[0].shape:
-            raise ValueError(
-                f"a chunk of rows {tuple(pair[0].shape)} follows chunks of rows {tuple(state[0].shape)}"
-            )
-        else:
+            rows, dtype, state = chunk.shape[:-1], chunk.dtype, pair
+        elif chunk.shape[:-1] == rows:
             state = _merge(state, pair)
+        else:
+            raise ValueError(f"a chunk of rows {tuple(chunk.shape[:-1])} follows chunks of rows {tuple(rows)}")
     if state is None:
         raise ValueError("no chunk came, so the shape of the result is unknown")
     top, total = state

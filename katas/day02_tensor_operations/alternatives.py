@@ -134,19 +134,16 @@ def standardize_with_std(x, eps=1e-5):
 
 
 @alternative("softmax")
-def softmax_slice_by_slice(x, dim=-1):
+def softmax_row_by_row(x, dim=-1):
     if x.dim() == 0:
         raise ValueError("a number has no axis")
-    if x.shape[dim] == 0:
-        return x.clone()
-    slices = [part.float() if x.element_size() < 4 else part for part in x.unbind(dim)]
-    top = slices[0]
-    for part in slices[1:100]:
-        top = torch.maximum(top, part)
-    if len(slices) > 100:
-        top = torch.maximum(top, torch.stack(slices[100:]).amax(0))
-    weights = torch.stack([part - top for part in slices], dim).exp()
-    return (weights / weights.sum(dim, keepdim=True)).to(x.dtype)
+    moved = x.movedim(dim, -1)
+    rows = []
+    for row in moved.flatten(0, -2) if x.dim() > 1 else [moved]:
+        row = row.float() if x.element_size() < 4 else row
+        weights = [] if len(row) == 0 else (row - row.max()).exp()
+        rows.append(row if len(row) == 0 else weights / weights.sum())
+    return torch.stack(rows).reshape(moved.shape).movedim(-1, dim).to(x.dtype) if rows else x.clone()
 
 
 @alternative("masked_softmax")
