@@ -85,6 +85,17 @@ def check(app: Any, day: str | None, **options: Any) -> None:
 
 
 @kata.command()
+@DAY
+@click.option("--polling", is_flag=True, help="Look at the files instead of waiting for events (network folders).")
+@click.pass_obj
+def watch(app: Any, day: str | None, polling: bool) -> None:
+    """Check at every save, in a warm process, on a screen of its own."""
+    from checker import watch as verb
+
+    verb.watch(app, day, polling=polling)
+
+
+@kata.command()
 @click.argument("task", required=False)
 @click.option("--day", help="Of another day than the one worked on last.")
 @click.pass_obj

@@ -12,6 +12,7 @@ from checker.track import Kata, Track
 
 # The modules that decide whether code passes. A change to one of them proves every kata again.
 JUDGING = (
+    "judge/compare.py",
     "judge/plugin.py", "judge/failures.py", "judge/forbidden.py", "judge/families.py", "judge/meter.py", "judge/diagnose.py",
     "judge/mutation.py", "judge/modules.py", "judge/recorder.py", "judge/integrity.py", "testing.py", "mutants.py", "verify.py",
 )  # fmt: skip

@@ -76,40 +76,40 @@ class Page:
             where.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def verdict(
-    found: Verdict, where: Console, *, next_step: str, hints: dict[str, int] | None = None, saved: str = ""
-) -> None:
+def verdict(found: Verdict, where: Console, *, next_step: str) -> None:
+    """Print the screen of one check."""
+    verdict_page(found, where.width, next_step=next_step).show(where)
+
+
+def verdict_page(found: Verdict, width: int, *, next_step: str, title: bool = True) -> Page:
     """The screen of one check: the named mistake before the numbers, the numbers before a traceback, one next step."""
-    page = Page(where.width)
-    _header(page, found)
+    page = Page(width)
+    _header(page, found, title)
     if found.outcome == PASSED:
         _passed(page, found)
     elif found.outcome == FAILED:
-        _failed(page, found, hints or {})
+        _failed(page, found)
     else:
         _other(page, found)
     _printed(page, found)
     for note in found.notes:
         page.blank()
         page.wrap(note, "dim", 2, "note  ")
-    if saved:
-        page.blank()
-        page.wrap(saved, "yellow", 2)
     page.blank()
-    page.add(("next  ", "bold"), next_step, indent=2)
-    page.show(where)
+    page.wrap(next_step, "", 2, "next  ")
+    return page
 
 
-def _header(page: Page, found: Verdict) -> None:
+def _header(page: Page, found: Verdict, title: bool) -> None:
     day = re.match(r"day(\d+)", found.slug)
     name = f"day {int(day[1])}" if day else found.slug
     facts = f"seed {found.seed}   {found.device}   {found.seconds:.2f} s"
-    title = f"{name}  {found.title}"
-    gap = page.width - len(title) - len(facts)
-    if gap >= 3:
-        page.add((title, "bold"), " " * gap, (facts, "dim"))
-    else:
-        page.add((title, "bold"))
+    heading = f"{name}  {found.title}"
+    gap = page.width - len(heading) - len(facts)
+    if title and gap >= 3:
+        page.add((heading, "bold"), " " * gap, (facts, "dim"))
+    elif title:
+        page.add((heading, "bold"))
         page.add((facts, "dim"), indent=len(name) + 2)
     style = (
         "bold green" if found.outcome == PASSED else "bold yellow" if found.outcome in (FAILED, NOT_RUN) else "bold red"
@@ -131,7 +131,7 @@ def _task_lines(page: Page, tasks: Sequence[TaskResult]) -> None:
         page.add((f"{word:<9}", STYLES[word]), f"{task.name:<{wide}}  ", (f"{count}{level}", "dim"), indent=2)
 
 
-def _failed(page: Page, found: Verdict, hints: dict[str, int]) -> None:
+def _failed(page: Page, found: Verdict) -> None:
     _task_lines(page, found.tasks)
     failing = [task for task in found.tasks if task.failing]
     shown = [task for task in failing if task.level == "core"] or failing
@@ -313,8 +313,13 @@ def summary(found: Sequence[Verdict], where: Console) -> None:
 
 
 def markdown(text: str, where: Console) -> None:
+    """Print a lesson or hints."""
+    markdown_page(text, where.width).show(where)
+
+
+def markdown_page(text: str, width: int) -> Page:
     """A lesson or hints: headings bold, code set off, paragraphs wrapped; readable as plain text, too."""
-    page, paragraph, fence = Page(where.width), [], False
+    page, paragraph, fence = Page(width), [], False
 
     def flush() -> None:
         if paragraph:
@@ -351,7 +356,7 @@ def markdown(text: str, where: Console) -> None:
                 flush()
             paragraph.append(line)
     flush()
-    page.show(where)
+    return page
 
 
 def _inline(page: Page, text: str, indent: int, first: str) -> None:
@@ -377,8 +382,15 @@ def bar(done: int, total: int, width: int = 24) -> str:
 def status(
     title: str, facts: str, rows: Sequence[tuple[int, str, int, int, str]], next_step: str, where: Console
 ) -> None:
+    """Print the learner's way."""
+    status_page(title, facts, rows, next_step, where.width).show(where)
+
+
+def status_page(
+    title: str, facts: str, rows: Sequence[tuple[int, str, int, int, str]], next_step: str, width: int
+) -> Page:
     """The learner's way: a line per phase (number, title, passed days, days, what is under way)."""
-    page = Page(where.width)
+    page = Page(width)
     page.add((title, "bold"), " " * max(page.width - len(title) - len(facts), 3), (facts, "dim"))
     wide = max((len(row[1]) for row in rows), default=0)
     room = max(min(24, page.width - wide - 40), 8)
@@ -397,7 +409,7 @@ def status(
                 page.add((now, ""), indent=wide + 6)
     page.blank()
     page.add(("next  ", "bold"), next_step, indent=2)
-    page.show(where)
+    return page
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], where: Console) -> None:
@@ -422,10 +434,15 @@ def say(where: Console, *paragraphs: str) -> None:
 
 
 def diff(lines: Iterable[str], where: Console) -> None:
+    """Print a unified diff."""
+    diff_page(lines, where.width).show(where)
+
+
+def diff_page(lines: Iterable[str], width: int) -> Page:
     """A unified diff: signs say what colour repeats."""
-    page = Page(where.width)
+    page = Page(width)
     for line in lines:
         text = clean(line.rstrip("\n"))
         style = "bold" if text.startswith(("---", "+++")) else {"+": "green", "-": "red", "@": "cyan"}.get(text[:1], "")
         page.add((text, style))
-    page.show(where)
+    return page

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from checker.run import Limits
 from checker.track import Kata, Track
-from checker.worker import Limits
 
 
 def check(

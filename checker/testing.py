@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checker.judge import describe
+from checker.judge.compare import compare, compare_tensors, fail, same_bits
 from checker.judge.failures import Forbidden, Mismatch, SpecFault
 from checker.judge.meter import Cost, unmetered
 from checker.judge.meter import measure as measure
@@ -25,16 +26,6 @@ __all__ = [
     "assert_raises", "assert_that", "cost_case", "global_rng_untouched", "measure", "misconception", "noncontiguous",
     "same_storage", "task", "unchanged", "unmetered",
 ]  # fmt: skip
-
-TOLERANCES = {
-    torch.float64: (1e-10, 1e-12),
-    torch.complex128: (1e-10, 1e-12),
-    torch.float32: (1e-5, 1e-6),
-    torch.complex64: (1e-5, 1e-6),
-    torch.bfloat16: (2e-2, 1e-2),
-    torch.float16: (2e-3, 1e-3),
-}
-
 
 # Decorators of a kata
 
@@ -93,125 +84,13 @@ def assert_close(
     Takes tensors, numbers, and lists, tuples and dicts of them. NaN in `actual` is a difference unless `equal_nan`;
     NaN in `expected` without `equal_nan` is a fault of the spec. Tolerances default by the dtype of `expected`.
     """
-    _close(actual, expected, "", because, rtol, atol, equal_nan, check_dtype, check_device)
-
-
-def _close(
-    actual: Any, expected: Any, path: str, because: str, rtol: float | None, atol: float | None,
-    equal_nan: bool, check_dtype: bool, check_device: bool,
-) -> None:  # fmt: skip
-    rest = (because, rtol, atol, equal_nan, check_dtype, check_device)
-    if isinstance(expected, Mapping):
-        if not isinstance(actual, Mapping) or actual.keys() != expected.keys():
-            got = sorted(map(str, actual)) if isinstance(actual, Mapping) else describe.value(actual)
-            _fail(because, [(_label(path), f"{got}"), ("expected", f"the keys {sorted(map(str, expected))}")], str(got))
-        for key in expected:
-            _close(actual[key], expected[key], f"{path}[{key!r}]", *rest)
-        return
-    if isinstance(expected, (list, tuple)):
-        if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
-            got = describe.value(actual)
-            _fail(because, [(_label(path), got), ("expected", f"{len(expected)} values")], got)
-        for index, (one, two) in enumerate(zip(actual, expected, strict=True)):
-            _close(one, two, f"{path}[{index}]", *rest)
-        return
-    if isinstance(expected, torch.Tensor):
-        _close_tensors(actual, expected, path, *rest)
-        return
-    if isinstance(actual, torch.Tensor) or not isinstance(actual, (int, float, complex)):
-        _fail(
-            because,
-            [(_label(path), describe.value(actual)), ("expected", f"the number {describe.number(expected)}")],
-            actual,
-        )
-    if expected != expected and not equal_nan:
-        raise SpecFault("the expected number is NaN")
-    relative = 1e-9 if rtol is None else rtol
-    if actual == expected or (equal_nan and actual != actual and expected != expected):
-        return
-    if not abs(actual - expected) <= (1e-12 if atol is None else atol) + relative * abs(expected):
-        _fail(
-            because, [(_label(path), describe.number(actual)), ("expected", describe.number(expected))], float(actual)
-        )
-
-
-def _close_tensors(
-    actual: Any, expected: torch.Tensor, path: str, because: str, rtol: float | None, atol: float | None,
-    equal_nan: bool, check_dtype: bool, check_device: bool,
-) -> None:  # fmt: skip
-    label = _label(path)
-    if type(actual) not in (torch.Tensor, torch.nn.Parameter):
-        _fail(
-            because,
-            [(label, describe.value(actual)), ("expected", f"a tensor {describe.tensor(expected)}")],
-            describe.value(actual),
-        )
-    if actual.shape != expected.shape:
-        _fail(
-            because,
-            [(label, f"shape {describe.shape(actual)}"), ("expected", f"shape {describe.shape(expected)}")],
-            actual,
-        )
-    if check_dtype and actual.dtype != expected.dtype:
-        _fail(because, [(label, _dtype(actual)), ("expected", _dtype(expected))], actual)
-    if check_device and expected.device.type != "cpu" and actual.device != expected.device:
-        _fail(because, [(label, f"on {actual.device}"), ("expected", f"on {expected.device}")], str(actual.device))
-    got, want = actual.detach().cpu(), expected.detach().cpu()
-    if want.is_floating_point() or want.is_complex():
-        default = TOLERANCES.get(want.dtype, (1e-5, 1e-6))
-        relative, absolute = default[0] if rtol is None else rtol, default[1] if atol is None else atol
-        if not equal_nan and bool(torch.isnan(want).any()):
-            raise SpecFault("the expected values have NaN in them")
-        wide = torch.complex128 if (want.is_complex() or got.is_complex()) else torch.float64
-        a, b = got.to(wide), want.to(wide)
-        close = torch.isclose(a, b, rtol=relative, atol=absolute, equal_nan=equal_nan)
-    else:
-        a, b = got, want
-        close = got == want
-    if bool(close.all()):
-        return
-    wrong = (~close).nonzero()
-    first = tuple(wrong[0].tolist())
-    lines = [(label, f"{describe.tensor(actual)}, {_how_many(len(wrong), close.numel(), a, b, close)}")]
-    if actual.dim():
-        lines.append(("first", f"[{','.join(map(str, first))}]: {_at(a, first)} where {_at(b, first)} was expected"))
-    else:
-        lines.append(("expected", _at(b, ())))
-    _fail(because, lines, actual)
-
-
-def _how_many(wrong: int, total: int, a: torch.Tensor, b: torch.Tensor, close: torch.Tensor) -> str:
-    text = f"{wrong} of {total} values differ"
-    if a.dtype == torch.bool:
-        return text
-    bad = a[~close]
-    if bad.is_floating_point() and bool(torch.isnan(bad).any()):
-        return f"{text}, {int(torch.isnan(bad).sum())} of them NaN"
-    gap = (bad.to(torch.float64) - b[~close].to(torch.float64)).abs().max().item() if not bad.is_complex() else 0.0
-    return f"{text}, by up to {describe.number(gap)}"
-
-
-def _at(values: torch.Tensor, index: tuple[int, ...]) -> str:
-    item = values[index].item()
-    return str(item) if isinstance(item, (bool, int)) else describe.number(item)
-
-
-def _dtype(value: torch.Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
-
-
-def _label(path: str) -> str:
-    return f"returned {path}".strip()
-
-
-def _fail(because: str, lines: list[tuple[str, str]], actual: Any) -> None:
-    raise Mismatch(because, lines, actual)
+    compare(actual, expected, "", because, rtol, atol, equal_nan, check_dtype, check_device)
 
 
 def assert_equal(actual: Any, expected: Any, *, because: str = "") -> None:
     """Raise Mismatch unless the two are the same: Python values by `==` and type, tensors bit by bit (dtype included)."""
     if isinstance(expected, torch.Tensor):
-        _close_tensors(actual, expected, "", because, 0.0, 0.0, True, True, True)
+        compare_tensors(actual, expected, "", because, 0.0, 0.0, True, True, True)
         return
     if isinstance(expected, torch.Size):
         expected = tuple(expected)
@@ -219,7 +98,7 @@ def assert_equal(actual: Any, expected: Any, *, because: str = "") -> None:
         actual = tuple(actual)
     if isinstance(actual, torch.Tensor) or type(actual) is not type(expected) or actual != expected:
         shown = [("returned", describe.value(actual, 200)), ("expected", describe.value(expected, 200))]
-        _fail(because, shown, actual)
+        fail(because, shown, actual)
 
 
 def assert_that(condition: Any, because: str, *, value: Any = None) -> None:
@@ -227,7 +106,7 @@ def assert_that(condition: Any, because: str, *, value: Any = None) -> None:
     if isinstance(condition, torch.Tensor):
         condition = bool(condition.all())
     if not condition:
-        _fail(because, [] if value is None else [("found", describe.value(value, 120))], value)
+        fail(because, [] if value is None else [("found", describe.value(value, 120))], value)
 
 
 def assert_raises(
@@ -290,11 +169,11 @@ def assert_cost(
     for name, found, wanted in exact:
         if wanted is not None and found != wanted:
             lines = [("cost", f"{found:,} {name}"), ("expected", f"exactly {wanted:,}"), ("calls", _ops(cost))]
-            _fail(because or f"this takes exactly {wanted:,} {name}", lines, found)
+            fail(because or f"this takes exactly {wanted:,} {name}", lines, found)
     for name, found, most in bounds:
         if most is not None and found > most:
             lines = [("cost", f"{found:,} {name}"), ("allowed", f"at most {most:,}"), ("calls", _ops(cost))]
-            _fail(because or f"this can be done with at most {most:,} {name}", lines, found)
+            fail(because or f"this can be done with at most {most:,} {name}", lines, found)
     return result
 
 
@@ -325,7 +204,7 @@ def assert_gradients_close(
     actual = fn(*ours)
     assert_close(actual, expected.detach(), because=because, rtol=rtol, atol=atol)
     if not actual.requires_grad:
-        _fail(
+        fail(
             because,
             [("returned", "a result that is cut off from its inputs"), ("expected", "a result with gradients")],
             "no graph",
@@ -368,25 +247,15 @@ def unchanged(*tensors: torch.Tensor) -> Iterator[None]:
     with unmetered():
         for tensor, values, requires_grad, grad in before:
             if not same_bits(tensor, values):
-                _fail("an input was changed in place", [("changed", describe.tensor(tensor))], tensor)
+                fail("an input was changed in place", [("changed", describe.tensor(tensor))], tensor)
             if tensor.requires_grad != requires_grad:
-                _fail(
+                fail(
                     "requires_grad of an input was changed",
                     [("changed", describe.tensor(tensor))],
                     tensor.requires_grad,
                 )
             if (tensor.grad is None) != (grad is None) or (grad is not None and not same_bits(tensor.grad, grad)):
-                _fail("the .grad of an input was changed", [("changed", describe.tensor(tensor))], tensor.grad)
-
-
-def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape and values, NaN equal to NaN."""
-    if one.shape != two.shape or one.dtype != two.dtype:
-        return False
-    one, two = one.detach(), two.detach()
-    if one.is_floating_point() or one.is_complex():
-        return bool(((one == two) | ((one != one) & (two != two))).all())
-    return bool(torch.equal(one, two))
+                fail("the .grad of an input was changed", [("changed", describe.tensor(tensor))], tensor.grad)
 
 
 @contextlib.contextmanager
@@ -403,7 +272,7 @@ def global_rng_untouched() -> Iterator[None]:
     )
     touched = [name for name, equal in zip(names, same, strict=True) if not equal]
     if touched:
-        _fail(f"the global random state of {', '.join(touched)} was used: draw from `generator` instead", [], touched)
+        fail(f"the global random state of {', '.join(touched)} was used: draw from `generator` instead", [], touched)
 
 
 def noncontiguous(x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
+from checker.run import Run
 from checker.track import Kata, Task
-from checker.worker import Run
 
 # Outcomes of a check. Only PASSED passes; FAULT is never charged to the learner.
 PASSED, FAILED, ERROR, TIMEOUT, CRASH, LIMIT, TAMPERED, NOT_RUN, FAULT, CANCELLED = (

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checker import authoring, mutants, proof, request, verdict
+from checker.run import Run
 from checker.track import Kata, Track
-from checker.worker import Run, Worker
+from checker.worker import Worker
 
 SEEDS = (11, 222, 3333, 44444, 555555)
 WANTED_SCORE = 0.95

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from checker import request, verdict
+from checker.run import Limits
 from checker.track import Track
-from checker.worker import Limits, Worker
+from checker.worker import Worker
 
 HERE = Path(__file__).parent
 TOY = HERE / "toy" / "katas"

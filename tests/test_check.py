@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from checker import verdict
-from checker.worker import Limits, Worker
+from checker.run import Limits
+from checker.worker import Worker
 
 LEARNERS = ("passes", "fails", "hangs", "forbidden")
 

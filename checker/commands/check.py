@@ -9,7 +9,9 @@ import re
 import secrets
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,13 +19,16 @@ from checker import render, request
 from checker.app import App
 from checker.authoring import Hints
 from checker.errors import FAULT, NOT_PASSED, PASSED, UserError
+from checker.run import Limits, Run
 from checker.track import Kata
 from checker.verdict import ERROR, Verdict, judge, to_junit
 from checker.verdict import FAULT as OUR_FAULT
 from checker.verdict import PASSED as PASS
-from checker.worker import Worker
+from checker.worker import Worker, can_fork
 from checker.workspace import write_whole
 from progress import Attempt, StoreError, now, source_sha
+
+Runner = Callable[[dict[str, Any], Limits], Run]
 
 
 def check(
@@ -50,9 +55,9 @@ def check(
             app.workspace.read(katas[0])  # says how to fetch it
     only = [katas[0].task(task).name] if task else None
     where, found = render.console(), []
-    with Worker(warm=len(katas) > 2) as worker:
+    with _runner(app, len(katas)) as runner:
         for kata in katas:
-            verdict, source, started = run(app, kata, worker, device=device, seed=seed, only=only)
+            verdict, source, started = run(app, kata, runner, device=device, seed=seed, only=only)
             saved = ""
             if not as_json and not everything:
                 show(app, kata, verdict, where)
@@ -70,6 +75,33 @@ def check(
     return exit_code(found)
 
 
+@contextlib.contextmanager
+def _runner(app: App, count: int) -> Iterator[Runner]:
+    """What runs a check: the worker of a running `kata watch` in this workspace, else one of our own."""
+    folder = app.workspace.database.parent
+    watched = (folder / "watch.sock").exists()
+    with contextlib.ExitStack() as stack:
+        own: list[Worker] = []
+
+        def worker() -> Worker:
+            if not own:
+                own.append(stack.enter_context(Worker(warm=count > 2 and can_fork())))
+            return own[0]
+
+        def runner(asked: dict[str, Any], limits: Limits) -> Run:
+            if watched:
+                from checker.warm import through_watch
+
+                run = through_watch(folder, asked, limits)
+                if run is not None:
+                    return run
+            return worker().run(asked, limits)
+
+        if not watched:
+            worker()  # it loads torch while we read files and store
+        yield runner
+
+
 def exit_code(found: list[Verdict]) -> int:
     """0 if all passed, 3 if one could not be judged through our own fault, else 1."""
     if any(item.outcome == OUR_FAULT for item in found):
@@ -78,9 +110,9 @@ def exit_code(found: list[Verdict]) -> int:
 
 
 def run(
-    app: App, kata: Kata, worker: Worker, *, device: str, seed: int | None, only: list[str] | None, **callbacks: object
+    app: App, kata: Kata, runner: Runner, *, device: str = "cpu", seed: int | None = None, only: list[str] | None = None
 ) -> tuple[Verdict, str, str]:
-    """Check one kata on the worker: (verdict, the source that was checked, when it began)."""
+    """Check one kata: (verdict, the source that was checked, when it began)."""
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     started, begun = now(), time.monotonic()
     try:
@@ -95,7 +127,7 @@ def run(
     asked = request.check(
         app.track, kata, sources, seed=seed, device=device, only=only, helpers=app.workspace.helpers(app.track)
     )
-    ran = worker.run(asked, request.limits(kata, device=device), **callbacks)
+    ran = runner(asked, request.limits(kata, device=device))
     verdict = judge(kata, ran, seed=seed, device=device, only=only)
     with contextlib.suppress(UserError):
         if app.workspace.read(kata) != source:
@@ -153,7 +185,7 @@ def show(app: App, kata: Kata, verdict: Verdict, where: object) -> None:
     hints: dict[str, int] = {}
     with contextlib.suppress(UserError), app.store() as store:
         hints = store.hints_taken(kata.id)
-    render.verdict(verdict, where, next_step=next_step(app, kata, verdict, hints), hints=hints)
+    render.verdict(verdict, where, next_step=next_step(app, kata, verdict, hints))
 
 
 def next_step(app: App, kata: Kata, verdict: Verdict, hints: dict[str, int]) -> str:

@@ -6,7 +6,7 @@ from checker import render
 from checker.app import App
 from checker.authoring import Hints
 from checker.errors import UserError
-from checker.track import Kata
+from checker.track import Kata, Task
 from progress import Store
 
 
@@ -17,7 +17,11 @@ def lesson(app: App, day: str | None) -> None:
 
 def hint(app: App, name: str | None, day: str | None) -> None:
     """Show the rungs taken so far and one more."""
-    kata, where = app.kata(day), render.console()
+    render.markdown(next_hint(app, app.kata(day), name), render.console())
+
+
+def next_hint(app: App, kata: Kata, name: str | None) -> str:
+    """Take one more rung of a task (default: the first that is not passed), and give all taken rungs as Markdown."""
     with app.store() as store:
         task = kata.task(name) if name else _stuck(kata, store)
         rungs = Hints.read(kata).rungs.get(task.name, ())
@@ -29,13 +33,13 @@ def hint(app: App, name: str | None, day: str | None) -> None:
             store.take_hint(kata.id, task.name, taken)
     lines = [f"## {task.name}: hint {taken} of {len(rungs)}", ""]
     lines += [f"{number}. {text}" for number, text in enumerate(rungs[:taken], 1)]
-    render.markdown("\n".join(lines), where)
     if taken == len(rungs):
         words = "That was the last one" if before < taken else "There are no more"
-        render.say(where, "", f"  {words}; `kata lesson {kata.day}` has the idea behind them.")
+        lines += ["", f"{words}; `kata lesson {kata.day}` has the idea behind them."]
+    return "\n".join(lines)
 
 
-def _stuck(kata: Kata, store: Store):  # noqa: ANN202 - a Task
+def _stuck(kata: Kata, store: Store) -> Task:
     """The first task, core ones before others, that is not passed yet; raises UserError if all are."""
     states = store.progress().get(kata.id)
     passed = {name for name, state in states.tasks.items() if state == "passed"} if states else set()

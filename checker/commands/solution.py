@@ -9,6 +9,7 @@ import click
 from checker import render
 from checker.app import App
 from checker.errors import NOT_PASSED, UserError
+from checker.track import Kata
 
 
 def solution(app: App, day: str | None, give_up: bool) -> None:
@@ -27,7 +28,15 @@ def solution(app: App, day: str | None, give_up: bool) -> None:
 
 def diff(app: App, day: str | None) -> None:
     """Print what differs from the reference; raises UserError before passing."""
-    kata = app.kata(day)
+    lines, where = difference(app, app.kata(day)), render.console()
+    if lines:
+        render.diff(lines, where)
+    else:
+        render.say(where, "Your code is the reference, line for line.")
+
+
+def difference(app: App, kata: Kata) -> list[str]:
+    """A unified diff from the learner's file to the reference; raises UserError before passing."""
     with app.store() as store:
         if not store.is_passed(kata.id) and kata.id not in store.solutions_seen():
             raise UserError(
@@ -36,9 +45,4 @@ def diff(app: App, day: str | None) -> None:
             )
     mine = app.workspace.read(kata).splitlines()
     theirs = kata.reference_file.read_text(encoding="utf-8").splitlines()
-    lines = list(difflib.unified_diff(mine, theirs, "yours", "reference", lineterm=""))
-    where = render.console()
-    if lines:
-        render.diff(lines, where)
-    else:
-        render.say(where, "Your code is the reference, line for line.")
+    return list(difflib.unified_diff(mine, theirs, "yours", "reference", lineterm=""))

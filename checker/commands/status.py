@@ -14,6 +14,12 @@ from progress import KataProgress
 
 def status(app: App) -> None:
     """Show phases with bars, what is under way, and what is next."""
+    where = render.console()
+    render.status(*overview(app), where)
+
+
+def overview(app: App) -> tuple[str, str, list[tuple[int, str, int, int, str]], str]:
+    """(title, facts, a row per phase, next step)."""
     track = app.track
     progress: dict[str, KataProgress] = {}
     since, seconds, passed, seen = None, 0.0, set(), {}
@@ -49,7 +55,7 @@ def status(app: App) -> None:
     else:
         verb = "kata check" if _tried(progress.get(following.id)) else "kata next"
         step = f"{verb}: day {following.day}, {following.title}, about {following.minutes} minutes"
-    render.status(track.title, "   ".join(facts), rows, step, render.console())
+    return track.title, "   ".join(facts), rows, step
 
 
 def _tried(state: KataProgress | None) -> bool:

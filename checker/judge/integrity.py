@@ -18,7 +18,8 @@ MODULES = (
     "torch", "torch.nn.functional", "torch.testing", "torch.linalg", "torch.autograd", "torch.autograd.gradcheck", "torch.nn.init",
     "math", "operator", "functools", "itertools", "json", "os", "signal", "time", "hmac", "hashlib", "inspect", "traceback", "linecache",
     "_pytest.runner", "_pytest.reports", "_pytest.python", "_pytest.outcomes", "_pytest.main", "_pytest.config", "pluggy._manager",
-    "pluggy._hooks", "pluggy._callers", "pytest_timeout", "checker.testing", "checker.judge.failures", "checker.judge.plugin",
+    "pluggy._hooks", "pluggy._callers", "pytest_timeout", "checker.testing", "checker.judge.failures",
+    "checker.judge.compare", "checker.judge.plugin",
     "checker.judge.recorder", "checker.judge.forbidden", "checker.judge.meter", "checker.judge.integrity", "checker.judge.describe",
     "checker.judge.diagnose", "checker.judge.events",
 )  # fmt: skip

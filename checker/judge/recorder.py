@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from checker.judge import describe
+from checker.judge.compare import same_bits
 from checker.judge.failures import Mismatch, MissingName
 from checker.judge.meter import unmetered
 
@@ -67,7 +68,7 @@ class Solution:
             with unmetered():
                 entry[1] = describe.value(result)
                 for tensor, values in before:
-                    if not _same(tensor, values):
+                    if not same_bits(tensor, values):
                         raise Mismatch(
                             f"{name} changed one of its inputs in place; the caller still needs it",
                             [("changed", f"{describe.tensor(tensor)} in {entry[0]}")],
@@ -76,15 +77,6 @@ class Solution:
             return result
 
         return call
-
-
-def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
-    if one.shape != two.shape or one.dtype != two.dtype:
-        return False
-    one = one.detach()
-    if one.is_floating_point() or one.is_complex():
-        return bool(((one == two) | ((one != one) & (two != two))).all())
-    return bool(torch.equal(one, two))
 
 
 def _tensors(item: Any, depth: int = 0) -> Iterator[torch.Tensor]:
