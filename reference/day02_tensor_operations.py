@@ -1,7 +1,7 @@
 """Broadcasting and reductions that stay finite.
 
 Six small functions that later days stand on, two warm-ups before them and one preview after them.
-The shift by the maximum in `logsumexp` and `softmax` is analysed in Blanchard, Higham and Higham,
+The shift by the maximum in `logsumexp` and `softmax` is analyzed in Blanchard, Higham and Higham,
 "Accurately computing the log-sum-exp and softmax functions", IMA J. Numer. Anal. 41 (2021), section 1.
 The merging in `chunked_logsumexp` is section 3.1 of Milakov and Gimelshein, "Online normalizer calculation
 for softmax" (arXiv 1805.02867).
@@ -21,7 +21,7 @@ def broadcast_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     sizes = []
     for m, n in zip_longest(reversed(a), reversed(b), fillvalue=1):
         if m != n and 1 not in (m, n):
-            raise ValueError(f"shapes {tuple(a)} and {tuple(b)} do not broadcast: {m} against {n}")
+            raise ValueError(f"shapes {tuple(a)} and {tuple(b)} do not broadcast")
         sizes.append(n if m == 1 else m)
     return tuple(reversed(sizes))
 

@@ -150,23 +150,17 @@ def softmax_row_by_row(x, dim=-1):
 def masked_softmax_row_by_row(x, mask, dim=-1):
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=x.device)
-    if mask.dim() > x.dim() or any(
-        m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)
-    ):
+    if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
         raise ValueError(f"mask {mask.shape}, scores {x.shape}")
     moved, keep = x.movedim(dim, -1), mask.expand(x.shape).movedim(dim, -1)
     result = torch.zeros(moved.shape, dtype=x.dtype, device=x.device)
-    for place in (
-        torch.cartesian_prod(*[torch.arange(n) for n in moved.shape[:-1]]).reshape(-1, x.dim() - 1).tolist()
-    ):
+    for place in torch.cartesian_prod(*[torch.arange(n) for n in moved.shape[:-1]]).reshape(-1, x.dim() - 1).tolist():
         kept = keep[tuple(place)].nonzero()[:, 0]
         if len(kept):
             row = moved[tuple(place)][kept]
             row = row.float() if x.element_size() < 4 else row
             weights = (row - row.max()).exp()
-            result[tuple(place)] = result[tuple(place)].index_put(
-                (kept,), (weights / weights.sum()).to(x.dtype)
-            )
+            result[tuple(place)] = result[tuple(place)].index_put((kept,), (weights / weights.sum()).to(x.dtype))
     return result.movedim(-1, dim)
 
 
@@ -183,9 +177,7 @@ def pairwise_sq_dist_row_by_row(a, b):
 def masked_softmax_replacing_nan(x, mask, dim=-1):
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=x.device)
-    if mask.dim() > x.dim() or any(
-        m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)
-    ):
+    if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
         raise ValueError(f"mask {mask.shape}, scores {x.shape}")
     if not x.numel():
         return x.clone()

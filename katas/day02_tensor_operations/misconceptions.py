@@ -67,8 +67,7 @@ def broadcast_shape__extra_axes_dropped(a, b):
 
 @misconception(
     "broadcast_shape",
-    "The larger of two sizes is right until one of them is 0: a 1 across from a 0 becomes 0, and "
-    "nothing is left.",
+    "The larger of two sizes is right until one of them is 0: a 1 across from a 0 becomes 0, and nothing is left.",
 )
 def broadcast_shape__larger_size_wins(a, b):
     rank = max(len(a), len(b))
@@ -309,8 +308,7 @@ def logsumexp__global_maximum(x, dim, keepdim=False):
 
 @misconception(
     "logsumexp",
-    "Your result lies below the right one by exactly the maximum of each row: it was subtracted and "
-    "never added back.",
+    "Your result lies below the right one by exactly the maximum of each row: it was subtracted and never added back.",
 )
 def logsumexp__maximum_not_added_back(x, dim, keepdim=False):
     if x.shape[dim] == 0:
@@ -335,8 +333,7 @@ def logsumexp__infinite_shift(x, dim, keepdim=False):
 
 @misconception(
     "logsumexp",
-    "The shift was made safe for -inf only. A row with +inf in it still computes inf minus inf, which "
-    "is NaN.",
+    "The shift was made safe for -inf only. A row with +inf in it still computes inf minus inf, which is NaN.",
 )
 def logsumexp__only_minus_infinity_is_safe(x, dim, keepdim=False):
     if x.shape[dim] == 0:
@@ -549,8 +546,7 @@ def masked_softmax__nan_replaced_afterwards(x, mask, dim=-1):
 
 @misconception(
     "masked_softmax",
-    "The mask is read the wrong way round: the weights lie where it is False. True means that an entry "
-    "may be used.",
+    "The mask is read the wrong way round: the weights lie where it is False. True means that an entry may be used.",
 )
 def masked_softmax__mask_inverted(x, mask, dim=-1):
     if mask is None:
@@ -562,8 +558,7 @@ def masked_softmax__mask_inverted(x, mask, dim=-1):
 
 @misconception(
     "masked_softmax",
-    "Hidden scores were multiplied by 0. A score of 0 is not a low score: exp(0) is 1, and it takes its "
-    "share.",
+    "Hidden scores were multiplied by 0. A score of 0 is not a low score: exp(0) is 1, and it takes its share.",
 )
 def masked_softmax__scores_times_mask(x, mask, dim=-1):
     return softmax(x * fit(mask, x), dim)
@@ -735,14 +730,11 @@ def masked_mean__mean_of_means(x, mask, dim=None, keepdim=False):
 
 @misconception(
     "masked_mean",
-    "The mask is read the wrong way round: these are the means of what it hides. True means that an "
-    "entry is kept.",
+    "The mask is read the wrong way round: these are the means of what it hides. True means that an entry is kept.",
 )
 def masked_mean__mask_inverted(x, mask, dim=None, keepdim=False):
     mask = fit(mask, x) if mask is None else ~fit(mask, x)
-    return settle(
-        wide(x).masked_fill(~mask, 0.0).sum(dim, keepdim=keepdim), mask.sum(dim, keepdim=keepdim), x
-    )
+    return settle(wide(x).masked_fill(~mask, 0.0).sum(dim, keepdim=keepdim), mask.sum(dim, keepdim=keepdim), x)
 
 
 @misconception(
@@ -766,8 +758,7 @@ def masked_mean__no_look_at_the_shapes(x, mask, dim=None, keepdim=False):
 
 @misconception(
     "masked_mean",
-    "The total was formed in half precision and overflowed, although the mean is a small number. Sum in "
-    "float32.",
+    "The total was formed in half precision and overflowed, although the mean is a small number. Sum in float32.",
 )
 def masked_mean__total_in_half(x, mask, dim=None, keepdim=False):
     mask = fit(mask, x)
@@ -781,9 +772,7 @@ def masked_mean__total_in_half(x, mask, dim=None, keepdim=False):
 )
 def masked_mean__always_float32(x, mask, dim=None, keepdim=False):
     mask = fit(mask, x)
-    return settle(
-        x.float().masked_fill(~mask, 0.0).sum(dim, keepdim=keepdim), mask.sum(dim, keepdim=keepdim), x
-    )
+    return settle(x.float().masked_fill(~mask, 0.0).sum(dim, keepdim=keepdim), mask.sum(dim, keepdim=keepdim), x)
 
 
 # pairwise_sq_dist
@@ -844,8 +833,7 @@ def pairwise_sq_dist__single_mixed_term(a, b):
 
 @misconception(
     "pairwise_sq_dist",
-    "Your numbers are the right ones divided by D: the squared differences of a pair are to be added "
-    "up, not averaged.",
+    "Your numbers are the right ones divided by D: the squared differences of a pair are to be added up, not averaged.",
 )
 def pairwise_sq_dist__mean_over_the_width(a, b):
     same_widths(a, b)
@@ -1019,8 +1007,7 @@ def chunked_logsumexp__nothing_counts_as_zero(chunks):
 
 @misconception(
     "chunked_logsumexp",
-    "The logsumexps of the chunks were added up. Adding logs multiplies the sums; the sums themselves "
-    "are to be added.",
+    "The logsumexps of the chunks were added up. Adding logs multiplies the sums; the sums themselves are to be added.",
 )
 def chunked_logsumexp__logs_added(chunks):
     return fold(chunks, lambda chunk: logsumexp(chunk, -1), lambda one, two: one + two, lambda state: state)

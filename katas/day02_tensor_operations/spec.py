@@ -55,9 +55,7 @@ def gradient(fn, x, weights):
 @task("broadcast_shape")
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_equal_shapes_stay_as_they_are(solution, shape):
-    assert_equal(
-        solution.broadcast_shape(shape, shape), shape, because="equal shapes broadcast to themselves"
-    )
+    assert_equal(solution.broadcast_shape(shape, shape), shape, because="equal shapes broadcast to themselves")
 
 
 @task("broadcast_shape")
@@ -85,13 +83,9 @@ def test_shapes_are_lined_up_at_their_last_axes(solution, a, b, expected):
 
 
 @task("broadcast_shape")
-@pytest.mark.parametrize(
-    ("a", "b", "expected"), [((0,), (1,), (0,)), ((3, 1), (3, 0), (3, 0)), ((0, 4), (1,), (0, 4))]
-)
+@pytest.mark.parametrize(("a", "b", "expected"), [((0,), (1,), (0,)), ((3, 1), (3, 0), (3, 0)), ((0, 4), (1,), (0, 4))])
 def test_a_one_is_also_stretched_to_zero(solution, a, b, expected):
-    assert_equal(
-        solution.broadcast_shape(a, b), expected, because="a 1 takes the other size, even if that is 0"
-    )
+    assert_equal(solution.broadcast_shape(a, b), expected, because="a 1 takes the other size, even if that is 0")
 
 
 @task("broadcast_shape")
@@ -194,9 +188,7 @@ def test_rows_are_those_of_a_layer_norm_without_weights(solution, randn, dtype, 
 def test_a_square_table_is_standardized_along_its_rows(solution, randn):
     x = randn(5, 5) * 2 + torch.arange(5.0, device=randn(1).device)
     expected = F.layer_norm(on_cpu(x), (5,))
-    assert_close(
-        solution.standardize(x), expected.float(), because="the last axis is the one that is summed over"
-    )
+    assert_close(solution.standardize(x), expected.float(), because="the last axis is the one that is summed over")
 
 
 @task("standardize")
@@ -209,9 +201,7 @@ def test_small_rows_are_divided_by_the_root_of_variance_plus_eps(solution, devic
 @task("standardize")
 def test_a_row_of_one_entry_gives_zero(solution, randn):
     x = randn(3, 1)
-    assert_close(
-        solution.standardize(x), torch.zeros(3, 1), because="one entry is its own mean, and its variance is 0"
-    )
+    assert_close(solution.standardize(x), torch.zeros(3, 1), because="one entry is its own mean, and its variance is 0")
 
 
 @task("standardize")
@@ -293,9 +283,7 @@ def standardize_cost(module, randn):
 def test_the_named_axis_is_summed(solution, randn, dtype, dim):
     x = randn(2, 3, 4, dtype=dtype)
     expected = torch.logsumexp(on_cpu(x), dim).to(dtype)
-    assert_close(
-        solution.logsumexp(x, dim), expected, because=f"axis {dim} of (2, 3, 4) is summed and disappears"
-    )
+    assert_close(solution.logsumexp(x, dim), expected, because=f"axis {dim} of (2, 3, 4) is summed and disappears")
 
 
 @task("logsumexp")
@@ -303,17 +291,13 @@ def test_the_named_axis_is_summed(solution, randn, dtype, dim):
 def test_keepdim_leaves_the_axis_with_size_one(solution, randn, dim):
     x = randn(3, 1, 5)
     expected = torch.logsumexp(on_cpu(x), dim, keepdim=True).float()
-    assert_close(
-        solution.logsumexp(x, dim, keepdim=True), expected, because="keepdim=True keeps the axis, with size 1"
-    )
+    assert_close(solution.logsumexp(x, dim, keepdim=True), expected, because="keepdim=True keeps the axis, with size 1")
 
 
 @task("logsumexp")
 def test_only_the_summed_axis_disappears(solution, randn):
     x = randn(1, 4, 1)
-    assert_close(
-        solution.logsumexp(x, 1), torch.logsumexp(on_cpu(x), 1).float(), because="(1, 4, 1) gives (1, 1)"
-    )
+    assert_close(solution.logsumexp(x, 1), torch.logsumexp(on_cpu(x), 1).float(), because="(1, 4, 1) gives (1, 1)")
 
 
 @task("logsumexp")
@@ -333,9 +317,7 @@ def test_huge_entries_stay_finite(solution, randn, offset):
 def test_rows_do_not_look_at_each_other(solution, randn):
     x = randn(3, 5, dtype=torch.float64) + torch.tensor([[0.0], [1e3], [-1e3]], device=randn(1).device)
     expected = torch.logsumexp(on_cpu(x), 1)
-    assert_close(
-        solution.logsumexp(x, 1), expected, because="the rows lie 1000 apart, and each has its own maximum"
-    )
+    assert_close(solution.logsumexp(x, 1), expected, because="the rows lie 1000 apart, and each has its own maximum")
 
 
 @task("logsumexp")
@@ -343,9 +325,7 @@ def test_a_row_of_minus_infinity_gives_minus_infinity(solution, randn):
     x = randn(3, 4)
     x[1] = -INF
     expected = torch.logsumexp(on_cpu(x), 1).float()
-    assert_close(
-        solution.logsumexp(x, 1), expected, because="the second row sums to exp(-inf) = 0, and log(0) is -inf"
-    )
+    assert_close(solution.logsumexp(x, 1), expected, because="the second row sums to exp(-inf) = 0, and log(0) is -inf")
 
 
 @task("logsumexp")
@@ -370,9 +350,7 @@ def test_plus_infinity_gives_plus_infinity(solution, randn):
 def test_an_empty_axis_gives_minus_infinity(solution, randn, keepdim):
     x = randn(3, 0, 2)
     expected = torch.full((3, 1, 2) if keepdim else (3, 2), -INF)
-    assert_close(
-        solution.logsumexp(x, 1, keepdim=keepdim), expected, because="an empty sum is 0, and log(0) is -inf"
-    )
+    assert_close(solution.logsumexp(x, 1, keepdim=keepdim), expected, because="an empty sum is 0, and log(0) is -inf")
 
 
 @task("logsumexp")
@@ -447,18 +425,14 @@ def test_the_last_axis_is_the_default(solution, randn):
 def test_huge_scores_give_finite_weights(solution, randn, offset):
     x = randn(3, 6, dtype=torch.float64) + offset
     expected = torch.softmax(on_cpu(x), 1)
-    assert_close(
-        solution.softmax(x, 1), expected, rtol=1e-9, because="a constant added to a row changes no weight"
-    )
+    assert_close(solution.softmax(x, 1), expected, rtol=1e-9, because="a constant added to a row changes no weight")
 
 
 @task("softmax")
 def test_a_huge_row_does_not_starve_the_others(solution, randn):
     x = randn(3, 5) + torch.tensor([[0.0], [1e3], [-1e3]], device=randn(1).device)
     expected = torch.softmax(on_cpu(x), 1).float()
-    assert_close(
-        solution.softmax(x, 1), expected, because="the rows lie 1000 apart, and each sums to 1 on its own"
-    )
+    assert_close(solution.softmax(x, 1), expected, because="the rows lie 1000 apart, and each sums to 1 on its own")
 
 
 @task("softmax")
@@ -508,9 +482,7 @@ def test_half_precision_weights_are_rounded_once(solution, randn, half):
         atol=1e-6,
         because="differences, exponentials and sums in float32, one rounding at the end",
     )
-    assert_close(
-        result.double().sum(1), torch.ones(20, dtype=torch.float64), rtol=2e-2, because="the rows sum to 1"
-    )
+    assert_close(result.double().sum(1), torch.ones(20, dtype=torch.float64), rtol=2e-2, because="the rows sum to 1")
 
 
 @task("softmax")
@@ -552,15 +524,11 @@ def softmax_cost(module, randn):
 def softmax_of_the_kept(x, mask):
     """Row by row over the last axis: softmax of the kept entries, zeros elsewhere."""
     rows = []
-    for row, keep in zip(
-        x.reshape(-1, x.shape[-1]), mask.expand(x.shape).reshape(-1, x.shape[-1]), strict=True
-    ):
+    for row, keep in zip(x.reshape(-1, x.shape[-1]), mask.expand(x.shape).reshape(-1, x.shape[-1]), strict=True):
         kept = [j for j in range(len(row)) if keep[j]]
         weights = dict(zip(kept, torch.softmax(row[kept], 0) if kept else [], strict=True))
         rows.append(
-            torch.stack(
-                [weights.get(j, torch.zeros((), dtype=x.dtype, device=x.device)) for j in range(len(row))]
-            )
+            torch.stack([weights.get(j, torch.zeros((), dtype=x.dtype, device=x.device)) for j in range(len(row))])
         )
     return torch.stack(rows).reshape(x.shape)
 
@@ -690,9 +658,7 @@ def test_huge_scores_in_some_rows_are_fine(solution, randn, rand):
     x = randn(3, 6, dtype=torch.float64) + torch.tensor([[0.0], [1e4], [-1e4]], device=randn(1).device)
     mask = some_mask(rand, 3, 6)
     expected = softmax_of_the_kept(on_cpu(x), mask.cpu())
-    assert_close(
-        solution.masked_softmax(x, mask), expected, rtol=1e-9, because="each row has its own maximum"
-    )
+    assert_close(solution.masked_softmax(x, mask), expected, rtol=1e-9, because="each row has its own maximum")
 
 
 @task("masked_softmax")
@@ -700,20 +666,14 @@ def test_huge_scores_in_some_rows_are_fine(solution, randn, rand):
 def test_the_mask_broadcasts_to_the_scores(solution, randn, rand, shape):
     x, mask = randn(2, 3, 4, 4), rand(*shape) < 0.6
     expected = softmax_of_the_kept(on_cpu(x), mask.cpu()).float()
-    assert_close(
-        solution.masked_softmax(x, mask), expected, because=f"a mask {shape} is stretched to (2, 3, 4, 4)"
-    )
+    assert_close(solution.masked_softmax(x, mask), expected, because=f"a mask {shape} is stretched to (2, 3, 4, 4)")
 
 
 @task("masked_softmax")
 def test_another_axis_can_be_normalized(solution, randn, rand):
     x, mask = randn(2, 5, 3), some_mask(rand, 2, 3, 5).transpose(1, 2)
-    expected = (
-        softmax_of_the_kept(on_cpu(x).transpose(1, 2), mask.cpu().transpose(1, 2)).transpose(1, 2).float()
-    )
-    assert_close(
-        solution.masked_softmax(x, mask, dim=1), expected, because="with dim=1 the columns share the weight"
-    )
+    expected = softmax_of_the_kept(on_cpu(x).transpose(1, 2), mask.cpu().transpose(1, 2)).transpose(1, 2).float()
+    assert_close(solution.masked_softmax(x, mask, dim=1), expected, because="with dim=1 the columns share the weight")
     assert_close(solution.masked_softmax(x, mask, -2), expected, because="dim=-2 is the same axis as dim=1")
 
 
@@ -744,9 +704,7 @@ def test_without_a_mask_everything_is_allowed(solution, randn):
 
 
 @task("masked_softmax")
-@pytest.mark.parametrize(
-    ("x", "mask"), [((3, 4), (4, 3)), ((3, 4), (3,)), ((3, 4), (2, 3, 4)), ((1, 4), (3, 4))]
-)
+@pytest.mark.parametrize(("x", "mask"), [((3, 4), (4, 3)), ((3, 4), (3,)), ((3, 4), (2, 3, 4)), ((1, 4), (3, 4))])
 def test_masks_that_do_not_fit_the_scores_are_refused(solution, randn, rand, x, mask):
     assert_raises(
         ValueError,
@@ -850,12 +808,8 @@ def test_nothing_kept_gives_zero(solution, randn, rand):
     x, mask = randn(3, 4), some_mask(rand, 3, 4)
     mask[1] = False
     expected = mean_of_the_kept(on_cpu(x), mask.cpu(), (1,)).reshape(3).float()
-    assert_close(
-        solution.masked_mean(x, mask, 1), expected, because="the second row keeps nothing: its mean is 0"
-    )
-    assert_close(
-        solution.masked_mean(x, mask & False), torch.tensor(0.0), because="nothing kept at all: the mean is 0"
-    )
+    assert_close(solution.masked_mean(x, mask, 1), expected, because="the second row keeps nothing: its mean is 0")
+    assert_close(solution.masked_mean(x, mask & False), torch.tensor(0.0), because="nothing kept at all: the mean is 0")
 
 
 @task("masked_mean")
@@ -877,9 +831,7 @@ def test_junk_under_the_mask_has_no_influence(solution, randn, rand, junk):
 
 
 @task("masked_mean")
-@pytest.mark.parametrize(
-    ("shape", "dim"), [((4,), None), ((3, 1), None), ((3, 1), 1), ((4,), 0), ((2, 1, 4), (0, 1))]
-)
+@pytest.mark.parametrize(("shape", "dim"), [((4,), None), ((3, 1), None), ((3, 1), 1), ((4,), 0), ((2, 1, 4), (0, 1))])
 def test_a_broadcast_mask_counts_every_place(solution, randn, rand, shape, dim):
     x, mask = randn(2, 3, 4), some_mask(rand, *shape) if shape[-1] > 1 else rand(*shape) < 2
     if shape[-1] == 1:
@@ -928,9 +880,7 @@ def test_nothing_kept_gets_a_zero_gradient(solution, randn, rand):
 @task("masked_mean")
 def test_without_a_mask_it_is_the_plain_mean(solution, randn):
     x = randn(3, 4)
-    assert_close(
-        solution.masked_mean(x, None), on_cpu(x).mean().float(), because="mask=None keeps everything"
-    )
+    assert_close(solution.masked_mean(x, None), on_cpu(x).mean().float(), because="mask=None keeps everything")
     assert_close(
         solution.masked_mean(x, None, 0, keepdim=True),
         on_cpu(x).mean(0, keepdim=True).float(),
@@ -939,9 +889,7 @@ def test_without_a_mask_it_is_the_plain_mean(solution, randn):
 
 
 @task("masked_mean")
-@pytest.mark.parametrize(
-    ("x", "mask"), [((3, 4), (4, 3)), ((3, 4), (3,)), ((3, 4), (2, 3, 4)), ((1, 4), (3, 4))]
-)
+@pytest.mark.parametrize(("x", "mask"), [((3, 4), (4, 3)), ((3, 4), (3,)), ((3, 4), (2, 3, 4)), ((1, 4), (3, 4))])
 def test_masks_that_do_not_fit_are_refused(solution, randn, rand, x, mask):
     assert_raises(
         ValueError,
@@ -1014,9 +962,7 @@ def test_every_pair_gets_its_squared_distance(solution, randn, dtype):
 def test_float64_distances_have_the_digits_of_float64(solution, randn):
     a, b = randn(3, 4, dtype=torch.float64), randn(3, 4, dtype=torch.float64)
     expected = torch.cdist(on_cpu(a), on_cpu(b), compute_mode="donot_use_mm_for_euclid_dist").square()
-    assert_close(
-        solution.pairwise_sq_dist(a, b), expected, atol=1e-12, because="float64 in, float64 all the way"
-    )
+    assert_close(solution.pairwise_sq_dist(a, b), expected, atol=1e-12, because="float64 in, float64 all the way")
 
 
 @task("pairwise_sq_dist")
@@ -1034,9 +980,7 @@ def test_no_distance_is_negative(solution, randn):
 def test_a_row_is_close_to_itself(solution, randn):
     a = randn(6, 5, dtype=torch.float64)
     result = solution.pairwise_sq_dist(a, a.clone())
-    assert_close(
-        result.diagonal(), torch.zeros(6, dtype=torch.float64), atol=1e-12, because="a row lies 0 from itself"
-    )
+    assert_close(result.diagonal(), torch.zeros(6, dtype=torch.float64), atol=1e-12, because="a row lies 0 from itself")
 
 
 @task("pairwise_sq_dist")
@@ -1145,9 +1089,7 @@ def test_chunks_of_one_axis_give_one_number(solution, randn):
 
 
 @task("chunked_logsumexp")
-@pytest.mark.parametrize(
-    "offsets", [(0.0, 1e4, -1e4), (-1e4, 0.0, 1e4), (1e4, 0.0, -1e4), (0.0, 50.0, 100.0)]
-)
+@pytest.mark.parametrize("offsets", [(0.0, 1e4, -1e4), (-1e4, 0.0, 1e4), (1e4, 0.0, -1e4), (0.0, 50.0, 100.0)])
 def test_the_largest_entry_may_come_at_any_time(solution, randn, offsets):
     pieces = [randn(2, 4, dtype=torch.float64) + offset for offset in offsets]
     expected = torch.logsumexp(torch.cat([on_cpu(piece) for piece in pieces], -1), -1)
@@ -1203,7 +1145,9 @@ def test_empty_chunks_may_have_any_rows(solution, randn, rows):
     x = randn(*rows, 4)
     expected = torch.logsumexp(on_cpu(x), -1).float()
     assert_close(
-        solution.chunked_logsumexp([x[..., :0], x, x[..., :0]]), expected, because="two of these chunks have no entries"
+        solution.chunked_logsumexp([x[..., :0], x, x[..., :0]]),
+        expected,
+        because="two of these chunks have no entries",
     )
 
 
@@ -1278,12 +1222,8 @@ def test_chunks_of_other_rows_are_refused_with_both_shapes(solution, randn):
 
 @task("chunked_logsumexp")
 def test_no_chunk_at_all_is_refused(solution):
-    assert_raises(
-        ValueError, solution.chunked_logsumexp, [], because="nothing says which shape the result has"
-    )
-    assert_raises(
-        ValueError, solution.chunked_logsumexp, iter(()), because="nothing says which shape the result has"
-    )
+    assert_raises(ValueError, solution.chunked_logsumexp, [], because="nothing says which shape the result has")
+    assert_raises(ValueError, solution.chunked_logsumexp, iter(()), because="nothing says which shape the result has")
 
 
 @task("chunked_logsumexp")
