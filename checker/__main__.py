@@ -1,0 +1,5 @@
+"""`python -m checker` is `kata`."""
+
+from checker.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""The worker: imports what every check needs, then forks once per check. Cold and warm checks are this same process.
+
+It is started as `python -I -m checker.judge FD [warm]`, with FD one end of a socket pair. A request is a line of JSON with three
+descriptors (events, output, trace) in its wake; the answer is {"ended": ...} once the fork and everything below it are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any
+
+from checker.judge import processes
+
+
+def preload(*, warm: bool) -> None:
+    """Import what a check needs; a warm worker also imports what torch loads late, so that no check pays for it.
+
+    Nothing here may start a thread or touch a device: every fork would inherit a broken one.
+    """
+    import numpy  # noqa: F401
+    import pytest
+    import torch
+
+    import checker.judge.child
+    import checker.judge.plugin
+    import checker.testing  # noqa: F401
+
+    torch.set_num_threads(1)
+    if not warm:
+        return
+    import gc
+
+    import torch._dynamo
+    import torch.nn.utils
+    import torch.optim
+    import torch.testing
+    import torch.utils.data
+    import torch.utils.flop_counter  # noqa: F401
+
+    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        pytest.main(["--version", "-c", os.devnull])
+    gc.collect()
+    gc.freeze()
+
+
+class Server:
+    """Answers requests one after the other until the other end of the socket is closed."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control, self.buffer, self.fds = control, b"", []
+
+    def serve(self) -> None:
+        """The loop: receive, fork, wait, end the tree, answer."""
+        while True:
+            message = self.receive()
+            if message is None:
+                processes.end_descendants(os.getpid())
+                return
+            if "request" in message:
+                self.check(message["request"])
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message with its descriptors in self.fds; None at the end."""
+        while b"\n" not in self.buffer:
+            data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 3)
+            self.fds += fds
+            if not data:
+                return None
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return json.loads(line)
+
+    def check(self, request: dict[str, Any]) -> None:
+        """Fork for one check, and answer when it and all that it left behind are gone."""
+        events, output, trace = self.fds
+        self.fds = []
+        threads = processes.threads()
+        if threads != 1:
+            self.answer({"refused": f"the worker has {threads} threads; a fork would hang"})
+            for fd in (events, output, trace):
+                os.close(fd)
+            return
+        if request.get("no_fork"):
+            from checker.judge import child
+
+            child.main(request, events, output, trace)
+        pid = os.fork()
+        if pid == 0:
+            self.control.close()
+            processes.die_with_parent()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            from checker.judge import child
+
+            child.main(request, events, output, trace)
+        for fd in (events, output, trace):
+            os.close(fd)
+        status, why = self.wait(pid)
+        rounds = processes.end_descendants(os.getpid())
+        processes.reap()
+        self.answer({"ended": {"status": status, "why": why, "left": rounds}})
+
+    def wait(self, pid: int) -> tuple[int | None, str]:
+        """Wait for the fork; kill it when the other end says so or goes away. Returns (wait status, why it was killed)."""
+        why = ""
+        finished = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+        watched: list[Any] = [self.control] + ([finished] if finished is not None else [])
+        while True:
+            ready, _, _ = select.select(watched, [], [], 0.05 if finished is None else 1.0)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            if self.control in ready:
+                message = self.receive()
+                why = "the other end went away" if message is None else message.get("kill", "")
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                if message is None:
+                    processes.end_descendants(os.getpid())
+                    os._exit(0)
+                break
+        if finished is not None:
+            os.close(finished)
+        return status, why
+
+    def answer(self, message: dict[str, Any]) -> None:
+        """Send one line to the other end; if it is gone, so are we."""
+        try:
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            processes.end_descendants(os.getpid())
+            os._exit(0)
+
+
+def main() -> None:
+    """Start up, say so, and serve."""
+    warm = "warm" in sys.argv[2:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.dont_write_bytecode = True
+    processes.adopt_orphans()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    server = Server(control)
+    preload(warm=warm)
+    server.answer({"ready": {"threads": processes.threads(), "pid": os.getpid()}})
+    server.serve()
+
+
+main()

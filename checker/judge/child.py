@@ -1,0 +1,160 @@
+"""What the forked process of one check does: limits, clean surroundings, pytest with the plugin, and out."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from checker.judge import processes
+
+
+def main(request: dict[str, Any], events: int, output: int, trace: int) -> None:
+    """Run the check of `request`, writing events, what is printed and stack dumps to three descriptors; never returns."""
+    status = 70
+    try:
+        _surround(request, output, trace)
+        _check(request, events, trace)
+        status = 0
+    except BaseException as error:
+        with contextlib.suppress(BaseException):
+            _report(request, events, error)
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _surround(request: dict[str, Any], output: int, trace: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(null)
+    os.close(output)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="replace")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="replace")  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.dont_write_bytecode = True
+    os.chdir(request["scratch"])
+    os.environ["TMPDIR"] = request["scratch"]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    import tempfile
+
+    tempfile.tempdir = None
+    if "" in sys.path:
+        sys.path.remove("")
+    if request.get("helpers"):
+        folder = Path(request["scratch"]) / "helpers"
+        folder.mkdir()
+        for name, source in request["helpers"].items():
+            (folder / name).write_text(source, encoding="utf-8")
+        sys.path.append(str(folder))
+    faulthandler.enable(file=trace, all_threads=False)
+    _limit(request["limits"])
+
+
+def _limit(limits: dict[str, Any]) -> None:
+    try:
+        import resource
+    except ImportError:
+        return
+
+    def lower(what: int, value: int) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            hard = resource.getrlimit(what)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(what, (value, value))
+
+    lower(resource.RLIMIT_CORE, 0)
+    lower(resource.RLIMIT_FSIZE, limits["file_bytes"])
+    if limits.get("memory") and processes.LINUX:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        lower(resource.RLIMIT_AS, now + limits["memory"])
+
+
+def _check(request: dict[str, Any], events: int, trace: int) -> None:
+    import numpy as np
+    import torch
+
+    from checker.judge import modules
+    from checker.judge.events import Channel
+
+    channel = Channel(events, request.pop("nonce"))
+    channel.send("ready", pid=os.getpid(), python=sys.version.split()[0], torch=torch.__version__)
+    device = request["device"]
+    missing = _missing(device, torch)
+    if missing:
+        channel.send("not_run", reason=missing)
+        channel.send("done")
+        return
+    torch.set_num_threads(1)
+    random.seed(request["seed"])
+    np.random.seed(request["seed"] % 2**32)
+    torch.manual_seed(request["seed"])
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    sources = modules.Sources(
+        {slug: (file["path"], file["source"]) for slug, file in request["sources"].items()},
+        Path(request["reference"]),
+        request["days"],
+    )
+    sources.install()
+
+    import pytest
+
+    from checker.judge.plugin import Judge
+
+    folder = request["kata"]["folder"]
+    arguments = [
+        str(Path(folder) / "spec.py"),
+        "-q",
+        "-s",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        folder,
+        "--confcutdir",
+        folder,
+        "--noconftest",
+    ]
+    arguments += ["-p", "pytest_timeout", "--import-mode=importlib", "--strict-markers", "-o", "timeout_func_only=true"]
+    for plugin in ("cacheprovider", "faulthandler", "warnings", "doctest", "junitxml", "pastebin", "setuponly", "setupplan", "stepwise",
+                   "logging", "unittest", "threadexception", "unraisableexception", "debugging"):  # fmt: skip
+        arguments += ["-p", f"no:{plugin}"]
+    judge = Judge(request, channel, sources, trace)
+    try:
+        code = pytest.main(arguments, plugins=[judge])
+    except Exception:
+        if not judge.concluded:  # for instance because the learner's code removed the folder that pytest goes back to
+            raise
+    if judge.concluded:
+        return
+    if judge.faults and code:
+        channel.send("fault", message="\n".join(judge.faults)[:4000])
+    elif code in (3, 4):
+        channel.send("fault", message=f"pytest ended with {code!r}")
+
+
+def _missing(device: str, torch: Any) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device here"
+    if device == "mps" and not (hasattr(torch.backends, "mps") and torch.backends.mps.is_available()):
+        return "no MPS device here"
+    return ""
+
+
+def _report(request: dict[str, Any], events: int, error: BaseException) -> None:
+    """Tell the parent about a fault of the program itself."""
+    import traceback
+
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    os.write(2, text.encode(errors="replace"))

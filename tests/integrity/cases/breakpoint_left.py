@@ -1,0 +1,17 @@
+"""Case 46: breakpoint() left in."""
+
+import torch
+
+
+def scale(x, factor=2.0):
+    breakpoint()  # noqa: T100
+    return x * factor
+
+
+def weights(x):
+    e = torch.exp(x - x.max())
+    return e / e.sum()
+
+
+def halve(x):
+    return x / 2

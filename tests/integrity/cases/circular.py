@@ -1,0 +1,3 @@
+"""Case 50: imports itself."""
+
+from day01_scale import scale  # noqa: F401

@@ -1,0 +1,19 @@
+"""Case 40: a loop at import."""
+
+import torch
+
+while True:
+    pass
+
+
+def scale(x, factor=2.0):
+    return x + factor
+
+
+def weights(x):
+    e = torch.exp(x - x.max())
+    return e / e.sum()
+
+
+def halve(x):
+    return x / 2

@@ -1,0 +1,239 @@
+"""The warm worker: fork safety, what works in a forked check, replacement, and other terminals."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from checker import request, verdict, warm
+from checker.judge import processes
+from checker.run import Limits
+
+PREFIX = "import torch\n"
+REST = (
+    "\n\ndef weights(x):\n    e = torch.exp(x - x.max())\n    return e / e.sum()\n\n\ndef halve(x):\n    return x / 2\n"
+)
+
+
+def scale(body):
+    return PREFIX + f"\n\ndef scale(x, factor=2.0):\n{body}\n    return x * factor\n" + REST
+
+
+IN_A_FORK = {
+    "autograd": """
+    w = torch.ones(1000, requires_grad=True)
+    (w * w).sum().backward()
+    assert w.grad.eq(2).all()""",
+    "large operations": """
+    y = torch.randn(600, 600) @ torch.randn(600, 600)
+    y.exp().sum()
+    torch.nn.functional.conv2d(torch.randn(8, 3, 64, 64), torch.randn(8, 3, 3, 3))""",
+    "an optimizer": """
+    p = torch.nn.Parameter(torch.ones(3))
+    o = torch.optim.AdamW([p]); p.sum().backward(); o.step()""",
+    "DataLoader workers": """
+    from torch.utils.data import DataLoader
+    assert len(list(DataLoader(list(range(8)), batch_size=2, num_workers=2))) == 4""",
+    "multiprocessing": """
+    import multiprocessing
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(abs, [-1, 2]) == [1, 2]""",
+    "threads": """
+    import concurrent.futures
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(abs, [-1, 2])) == [1, 2]""",
+    "a compiled function": """
+    torch.compile(lambda t: t + 1, backend="eager")(torch.ones(2))""",
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", IN_A_FORK)
+def test_it_works_in_a_forked_check(what, judged):
+    found = judged(scale(IN_A_FORK[what]), limits=Limits(total=40), only=["scale"])
+    failures = [test.failure for task in found.tasks for test in task.tests if test.failure]
+    assert found.outcome == verdict.PASSED, (found.message, found.output, failures)
+
+
+def test_cuda_works_in_a_forked_check(judged, learner):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    assert judged(learner("passes"), device="cuda").outcome == verdict.PASSED
+
+
+def test_a_warm_worker_has_one_thread_before_every_fork(judged, warm_worker, learner):
+    for _ in range(3):
+        assert judged(learner("passes")).outcome == verdict.PASSED
+        assert warm_worker.ready["threads"] == 1
+        assert processes.threads(warm_worker.process.pid) == 1
+
+
+def test_a_check_does_not_see_what_another_one_left(judged, learner):
+    leaves = learner("passes").replace(
+        "import torch\n", "import torch\ntorch.manual_seed(0)\ntorch.left_behind = 1\n", 1
+    )
+    judged(leaves)
+    looks = learner("passes") + "\nassert not hasattr(torch, 'left_behind')\nprint(torch.rand(1).item())\n"
+    first, second = judged(looks, seed=1), judged(looks, seed=2)
+    assert first.outcome == second.outcome == verdict.PASSED
+    assert first.output != second.output, "the random state is not the worker's"
+
+
+def test_memory_and_files_do_not_grow_over_many_checks(judged, warm_worker, learner):
+    def state():
+        pid = warm_worker.process.pid
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir("/proc/self/fd"))
+
+    source = learner("passes")
+    for _ in range(3):
+        judged(source)
+    before = state()
+    for _ in range(int(os.environ.get("KATA_MANY_CHECKS", "25"))):
+        assert judged(source).outcome == verdict.PASSED
+    after = state()
+    assert after[0] - before[0] < 4 << 20
+    assert after[1:] == before[1:]
+    assert processes.descendants(warm_worker.process.pid) == []
+
+
+def asked_of(toy, source):
+    kata = toy.find("1")
+    return request.check(toy, kata, {kata.slug: ("/w/day01_scale.py", source)}, seed=3), request.limits(kata)
+
+
+@pytest.fixture
+def checks():
+    found = warm.WarmChecks()
+    yield found
+    found.close()
+
+
+@pytest.mark.timeout(60)
+def test_it_restarts_when_the_program_changed(checks, toy, learner, monkeypatch):
+    asked, limits = asked_of(toy, learner("passes"))
+    assert checks.run(asked, limits).of("done")
+    pid = checks._worker.process.pid
+    assert checks.run(asked, limits).of("done") and checks._worker.process.pid == pid
+    real = warm.program_key()
+    monkeypatch.setattr(warm, "program_key", lambda: (*real, ("torch was upgraded", 1, 1)))
+    assert checks.run(asked, limits).of("done")
+    assert checks._worker.process.pid != pid and checks.restarts == 1
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_may_not_fork_is_given_up_for_cold_checks(checks, toy, learner, monkeypatch):
+    from checker.errors import OurFault
+
+    asked, limits = asked_of(toy, learner("passes"))
+    checks.start()
+
+    def refuse(*args):
+        raise OurFault("the worker has 3 threads; a fork would hang")
+
+    monkeypatch.setattr(checks._worker, "run", refuse)
+    assert checks.run(asked, limits).of("done")
+    assert "3 threads" in checks.cold_because
+
+
+@pytest.mark.timeout(90)
+def test_another_terminal_uses_the_worker_of_a_watch(checks, toy, learner, tmp_path):
+    asked, limits = asked_of(toy, learner("fails"))
+    assert warm.through_watch(tmp_path, asked, limits) is None
+    checks.start()
+    door = warm.Door(tmp_path, checks)
+    assert door.open()
+    try:
+        assert (tmp_path / "watch.sock").stat().st_mode & 0o077 == 0
+        assert not warm.Door(tmp_path, checks).open(), "a second watch leaves the first one's socket alone"
+        run = warm.through_watch(tmp_path, asked, limits)
+        kata = toy.find("1")
+        found = verdict.judge(kata, run, seed=3, device="cpu")
+        assert [item["id"] for item in found.tasks[0].named] == ["scale__added"]
+        assert "summing" in found.output
+    finally:
+        door.close()
+    assert warm.through_watch(tmp_path, asked, limits) is None
+
+
+@pytest.mark.timeout(60)
+def test_a_busy_watch_sends_another_terminal_away(checks, toy, learner, tmp_path, monkeypatch):
+    monkeypatch.setattr(warm, "_BUSY", 0.1)
+    door = warm.Door(tmp_path, checks)
+    door.open()
+    try:
+        with checks._lock:
+            asked, limits = asked_of(toy, learner("passes"))
+            assert warm.through_watch(tmp_path, asked, limits) is None
+    finally:
+        door.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_stale_socket_is_no_obstacle(checks, toy, learner, tmp_path):
+    door = warm.Door(tmp_path, checks)
+    door.open()
+    listening, door._socket = door._socket, None
+    listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+    assert (tmp_path / "watch.sock").exists()
+    asked, limits = asked_of(toy, learner("passes"))
+    assert warm.through_watch(tmp_path, asked, limits) is None
+    again = warm.Door(tmp_path, checks)
+    assert again.open()
+    again.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_ends_with_its_parent():
+    code = (
+        "import sys, time\nfrom checker.worker import Worker\nw = Worker()\nw.start()\n"
+        "print(w.process.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and not processes._is_zombie(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(60)
+def test_checks_from_two_threads_wait_for_each_other(checks, toy, learner):
+    asked, limits = asked_of(toy, learner("passes"))
+    done = []
+    threads = [threading.Thread(target=lambda: done.append(checks.run(asked, limits))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 3 and all(run.of("done") for run in done)
+
+
+@pytest.mark.timeout(60)
+def test_a_server_with_threads_of_its_own_refuses_to_fork(tmp_path):
+    code = (
+        "import json, os, socket, sys, threading, time\n"
+        "sys.argv = ['x', '0']\n"
+        "source = open(sys.argv_file).read().replace('\\nmain()\\n', '\\n')\n"
+        "space = {'__name__': 'server'}\n"
+        "exec(compile(source, 'server', 'exec'), space)\n"
+        "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
+        "ours, theirs = socket.socketpair()\n"
+        "server = space['Server'](theirs)\n"
+        "server.fds = list(os.pipe()) + [os.dup(1)]\n"
+        "server.check({})\n"
+        "print(ours.recv(1000).decode())\n"
+    ).replace("sys.argv_file", repr(str(Path(processes.__file__).with_name("__main__.py"))))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the worker has 2 threads; a fork would hang" in done.stdout
