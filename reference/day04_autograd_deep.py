@@ -30,7 +30,7 @@ def unbroadcast(grad: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum `grad` over every dimension that broadcasting added to, or stretched in, an operand of `shape`."""
     shape = tuple(shape)
     extra = grad.ndim - len(shape)
-    if extra < 0 or any(n not in (1, m) for n, m in zip(shape, grad.shape[extra:], strict=True)):
+    if extra < 0 or any(n not in (1, grad.shape[extra + i]) for i, n in enumerate(shape)):
         raise ValueError(f"shape {shape} does not broadcast to the gradient's shape {tuple(grad.shape)}")
     added = list(range(extra))
     stretched = [extra + i for i, n in enumerate(shape) if n != grad.shape[extra + i]]
@@ -70,14 +70,14 @@ def _broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
 class Var:
     """A tensor that remembers how it was computed, and an engine that differentiates it.
 
-    `_vjp` maps the gradient at this value to one gradient per parent. Broadcasting is undone in `backward`.
+    What is not a leaf has a `_vjp`, which maps the gradient at this value to one gradient per parent.
+    Broadcasting is undone in `backward`.
     """
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
         self.grad: Tensor | None = None
         self.parents: tuple[Var, ...] = ()
-        self._vjp: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     def _result(self, data: Tensor, vjp: Callable[[Tensor], tuple[Tensor, ...]], *parents: Var) -> Var:
         out = type(self)(data)
@@ -109,7 +109,7 @@ class Var:
         return self._result(a**exponent, lambda grad: (grad * exponent * a ** (exponent - 1),), self)
 
     def __neg__(self) -> Var:
-        return self * -1
+        return self._result(-self.data, lambda grad: (-grad,), self)
 
     def __sub__(self, other: Var | float) -> Var:
         return self + -self._operand(other)
@@ -128,11 +128,7 @@ class Var:
 
     def __matmul__(self, other: Var) -> Var:
         a, b = self.data, other.data
-        if (
-            min(a.ndim, b.ndim) < 2
-            or a.shape[-1] != b.shape[-2]
-            or not _broadcast(a.shape[:-2], b.shape[:-2])
-        ):
+        if min(a.ndim, b.ndim) < 2 or a.shape[-1] != b.shape[-2] or not _broadcast(a.shape[:-2], b.shape[:-2]):
             raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} have no matrix product")
         return self._result(a @ b, lambda grad: (grad @ b.mT, a.mT @ grad), self, other)
 

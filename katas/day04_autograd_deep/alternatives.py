@@ -1,4 +1,5 @@
 import torch
+
 from checker.testing import alternative
 
 

@@ -1,8 +1,8 @@
 from collections import deque
 
 import torch
-from checker.testing import misconception
 
+from checker.testing import misconception
 from reference.day04_autograd_deep import topo_order, unbroadcast
 
 # --------------------------------------------------------------------------------------- matmul_vjp
@@ -72,9 +72,7 @@ def _check_product(a, b, grad):
 
 def _check_broadcast(grad, shape):
     try:
-        fits = (
-            torch.broadcast_shapes(tuple(grad.shape), tuple(shape)) == grad.shape and len(shape) <= grad.ndim
-        )
+        fits = torch.broadcast_shapes(tuple(grad.shape), tuple(shape)) == grad.shape and len(shape) <= grad.ndim
     except RuntimeError:
         fits = False
     if not fits:
@@ -641,8 +639,7 @@ class Var__division_sign(Engine):
 
 @misconception(
     "Var",
-    "Both operands of a subtraction get the same gradient. What is subtracted pulls the result the other "
-    "way.",
+    "Both operands of a subtraction get the same gradient. What is subtracted pulls the result the other way.",
 )
 class Var__subtraction_sign(Engine):
     def __sub__(self, other):
@@ -703,8 +700,7 @@ class Var__starts_anywhere(Engine):
 
 @misconception(
     "Var",
-    "Operands that do not fit end in torch's RuntimeError. Compare the shapes and raise ValueError with "
-    "both of them.",
+    "Operands that do not fit end in torch's RuntimeError. Compare the shapes and raise ValueError with both of them.",
 )
 class Var__unchecked(Engine):
     def lift(self, other):
@@ -1246,13 +1242,13 @@ def checkpoint__keeps_everything(f, *xs):
 
 @misconception(
     "checkpoint",
-    "The gradient that arrives is not used: the second run is differentiated as if its elements had been "
-    "summed.",
+    "The gradient that arrives is not used: the second run is differentiated as if its elements had been summed.",
 )
 def checkpoint__ignores_grad_output(f, *xs):
     def backward(ctx, grad):
         xs = _leaves(ctx)
-        _again(ctx, xs).sum().backward()
+        y = _again(ctx, xs)
+        torch.autograd.backward(y, torch.ones_like(y))
         return None, *(x.grad for x in xs)
 
     return _checkpoint(_keep, backward)(f, *xs)
