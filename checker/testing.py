@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
 from checker.judge import describe
 from checker.judge.compare import compare, compare_tensors, fail, same_bits
@@ -231,7 +232,7 @@ def assert_gradcheck(fn: Callable, inputs: Sequence[Any], *, because: str = "", 
     ]
     try:
         torch.autograd.gradcheck(fn, tuple(leaves), **kwargs)
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         text = str(error).strip().split("\n")[0]
         raise Mismatch(
             because or "the gradient agrees with finite differences", [("gradcheck", text)], "gradcheck"

@@ -7,7 +7,8 @@ and is then named as itself; mutants of the reference are killed; stub, referenc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,15 +48,23 @@ class Report:
 
 
 def verify(
-    track: Track, kata: Kata, worker: Worker, *, fresh: bool = False, on_step: Callable[[Step], None] | None = None
+    track: Track,
+    kata: Kata,
+    workers: Sequence[Worker],
+    *,
+    fresh: bool = False,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Report:
-    """Prove one kata, or take the stored proof if nothing that it depends on has changed."""
+    """Prove one kata, or take the stored proof if nothing that it depends on has changed.
+
+    The misconceptions are shared out to all `workers`; one does.
+    """
     report = Report(kata)
     if not fresh and proof.is_fresh(track, kata):
         report.facts, report.cached = proof.stored(kata) or {}, True
         report.steps.append(Step("proof", True, "stored, and nothing it depends on has changed"))
         return report
-    for step in _Proof(track, kata, worker, report).steps():
+    for step in _Proof(track, kata, workers, report).steps():
         report.steps.append(step)
         if on_step is not None:
             on_step(step)
@@ -65,8 +74,8 @@ def verify(
 
 
 class _Proof:
-    def __init__(self, track: Track, kata: Kata, worker: Worker, report: Report) -> None:
-        self.track, self.kata, self.worker, self.facts = track, kata, worker, report.facts
+    def __init__(self, track: Track, kata: Kata, workers: Sequence[Worker], report: Report) -> None:
+        self.track, self.kata, self.workers, self.facts = track, kata, workers, report.facts
         self.path = f"/kata/{kata.file_name}"
         self.reference = kata.reference_file.read_text(encoding="utf-8") if kata.reference_file.is_file() else ""
         self.durations: dict[str, float] = {}
@@ -89,10 +98,10 @@ class _Proof:
         yield self.misconceptions()
         yield self.mutants()
 
-    def run(self, source: str, **options: Any) -> Run:
+    def run(self, source: str, worker: Worker | None = None, **options: Any) -> Run:
         options = {"seed": SEEDS[0], "cost": False, "trusted": True, **options}
         asked = request.check(self.track, self.kata, {self.kata.slug: (self.path, source)}, **options)
-        return self.worker.run(asked, request.limits(self.kata, diagnosis=60.0))
+        return (worker or self.workers[0]).run(asked, request.limits(self.kata, diagnosis=60.0))
 
     def judged(self, source: str, **options: Any) -> tuple[verdict.Verdict, Run]:
         run = self.run(source, **options)
@@ -149,24 +158,44 @@ class _Proof:
         return Step("alternatives", not problems, f"{len(names)} names in {rounds} rounds pass", tuple(problems))
 
     def misconceptions(self) -> Step:
-        problems, known = [], authoring.misconceptions(self.kata)
-        for identity, name in known:
-            task = next((task for task in self.kata.tasks if name in task.names), None)
-            if task is None:
-                continue
-            found, run = self.judged(self.reference, variant={"misconception": identity}, only=[task.name])
-            if found.outcome != verdict.FAILED and not (found.outcome == verdict.PASSED):
-                problems.append(f"{identity} ended as {found.outcome}: {found.message}")
-                continue
-            result = found.tasks[0]
-            named = [item["id"] for item in result.named]
-            if result.state == "passed":
-                problems.append(f"{identity} passes every test of {task.name}")
-            elif named != [identity]:
-                failing = ", ".join(f"{test.id} ({test.state})" for test in result.failing) or result.state
-                problems.append(f"{identity} is named as {', '.join(named) or 'nothing'}; it fails {failing}")
+        known = authoring.misconceptions(self.kata)
+        todo = list(enumerate(known))
+        problems: dict[int, str] = {}
+
+        def work(worker: Worker) -> None:
+            while True:
+                try:
+                    number, (identity, name) = todo.pop(0)
+                except IndexError:
+                    return
+                problem = self.misconception(identity, name, worker)
+                if problem:
+                    problems[number] = problem
+
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            list(pool.map(work, self.workers))
         self.facts.update(misconceptions=[identity for identity, _ in known])
-        return Step("misconceptions", not problems, f"{len(known)} fail and are named as themselves", tuple(problems))
+        found = tuple(problems[number] for number in sorted(problems))
+        return Step(
+            "misconceptions", not found, f"{len(known) - len(found)} of {len(known)} are named as themselves", found
+        )
+
+    def misconception(self, identity: str, name: str, worker: Worker) -> str:
+        """What is wrong with one misconception, or ''."""
+        task = next((task for task in self.kata.tasks if name in task.names), None)
+        if task is None:
+            return f"{identity} replaces {name}, which is no name of a task"
+        found, _ = self.judged(self.reference, worker=worker, variant={"misconception": identity}, only=[task.name])
+        if found.outcome not in (verdict.FAILED, verdict.PASSED):
+            return f"{identity} ended as {found.outcome}: {found.message}"
+        result = found.tasks[0]
+        named = [item["id"] for item in result.named]
+        if result.state == "passed":
+            return f"{identity} passes every test of {task.name}"
+        if named == [identity]:
+            return ""
+        failing = ", ".join(f"{test.id} ({test.state})" for test in result.failing) or result.state
+        return f"{identity} is named as {', '.join(named) or 'nothing'}; it fails {failing}"
 
     def mutants(self) -> Step:
         names = [name for task in self.kata.tasks for name in task.names]
@@ -187,7 +216,7 @@ class _Proof:
             trusted=True,
         )
         asked.update(mode="mutants", mutants=jobs, durations=self.durations, jobs=os.cpu_count() or 1)
-        run = self.worker.run(asked, request.limits(self.kata))
+        run = self.workers[0].run(asked, request.limits(self.kata))
         killed = {event["key"]: event["killed_by"] for event in run.of("mutant")}
         problems = []
         if len(killed) != len(jobs):

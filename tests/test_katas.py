@@ -16,7 +16,7 @@ TRACK = Track.load(Path(__file__).parent.parent / "katas")
 @pytest.mark.parametrize("slug", TRACK.slugs)
 def test_the_kata_is_proven(slug, warm_worker):
     kata = TRACK.kata(slug)
-    report = verify(TRACK, kata, warm_worker)
+    report = verify(TRACK, kata, [warm_worker])
     assert report.ok, "\n".join(problem for step in report.steps for problem in step.problems)
     assert report.facts["score"] >= 0.95
 

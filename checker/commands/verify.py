@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import click
@@ -11,7 +13,7 @@ from checker.app import App
 from checker.errors import NOT_PASSED, PASSED
 from checker.track import Kata, load_kata
 from checker.verify import Report, Step, verify
-from checker.worker import Worker
+from checker.worker import Worker, can_fork
 
 
 def run(app: App, names: tuple[str, ...], *, fresh: bool, stale: bool) -> int:
@@ -22,10 +24,11 @@ def run(app: App, names: tuple[str, ...], *, fresh: bool, stale: bool) -> int:
         click.echo("\n".join(old) if old else "every stored proof is fresh")
         return NOT_PASSED if old else PASSED
     bad = []
-    with Worker(warm=True) as worker:
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(warm=can_fork())) for _ in range(os.cpu_count() or 1)]
         for kata in katas:
             click.echo(kata.slug)
-            report = verify(app.track, kata, worker, fresh=fresh, on_step=_show)
+            report = verify(app.track, kata, workers, fresh=fresh, on_step=_show)
             _end(report)
             if not report.ok:
                 bad.append(kata.slug)

@@ -95,6 +95,7 @@ class Judge:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """The check: collect, import, run, seal; then name mistakes and meter costs."""
+        sys.dont_write_bytecode = True
         self.items = list(session.items)
         tests = [{"id": test_id(item), "task": item.kata_task, "title": title(item)} for item in self.items]
         self.send("collected", tests=tests)
@@ -143,12 +144,14 @@ class Judge:
             raise self.guard.seen
         return result
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-        """Keep the Failure of a test's first phase that did not pass."""
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> pytest.TestReport:
+        """Keep the Failure of a test's first phase that did not pass; pytest's own report of it, which is slow, is not made."""
         if call.excinfo is not None and self._failure is None:
             self._failure = self.failure(call.excinfo)
-        return (yield)
+        outcome = "passed" if call.excinfo is None else "failed"
+        times = {"duration": call.duration, "start": call.start, "stop": call.stop}
+        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when, **times)
 
     # Running one test
 

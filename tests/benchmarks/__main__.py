@@ -1,0 +1,145 @@
+"""`make bench`: how long things take, as ratios against a baseline of the same run. Prints a table and keeps it as JSON.
+
+Usage: python -m tests.benchmarks [--runs N] [--days 1,2] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from checker import request
+from checker.track import Track
+from checker.worker import Worker
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+QUICK = (["--help"], ["next"], ["status"], ["hint"], ["lesson"])
+
+
+def timed(command, runs, **options):
+    """Wall seconds of each run of a command; it may fail."""
+    taken = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, **options)
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+def summary(values):
+    """Median and 95th percentile in milliseconds."""
+    ordered = sorted(values)
+    return {
+        "median_ms": 1e3 * statistics.median(ordered),
+        "p95_ms": 1e3 * ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+    }
+
+
+def start_up(runs, workspace):
+    """Each quick command against `python -c ''`; the promise is four times that plus 60 ms."""
+    base = summary(timed([sys.executable, "-c", ""], runs))
+    rows = {"python -c ''": base}
+    kata = str(Path(sys.executable).with_name("kata"))
+    for words in QUICK:
+        row = summary(timed([kata, *words], runs, cwd=workspace))
+        row["allowed_ms"] = 4 * base["median_ms"] + 60
+        row["of_allowed"] = row["median_ms"] / row["allowed_ms"]
+        rows["kata " + " ".join(words)] = row
+    return rows
+
+
+def checks(track, katas, runs, worker):
+    """Per kata: warm verdict, cold verdict and `python -m pytest` on the same spec, with the reference as solution."""
+    rows = {}
+    for kata in katas:
+        source = kata.reference_file.read_text(encoding="utf-8")
+        asked = request.check(
+            track, kata, {kata.slug: (f"/w/{kata.file_name}", source)}, seed=11, trusted=True, cost=False
+        )
+        bodies, warm = [], []
+        for _ in range(runs + 1):
+            run = worker.run(dict(asked), request.limits(kata))
+            warm.append(run.seconds)
+            bodies.append(sum(event["seconds"] for event in run.of("finish")))
+        cold = []
+        for _ in range(max(runs // 3, 2)):
+            started = time.perf_counter()
+            with Worker() as once:
+                once.run(dict(asked), request.limits(kata))
+            cold.append(time.perf_counter() - started)
+        environment = {
+            **os.environ,
+            "KATA_BENCH_SLUG": kata.slug,
+            "KATA_BENCH_DTYPES": ",".join(kata.dtypes),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.benchmarks.plain", "-p", "no:cacheprovider", "-c", os.devnull,
+                   "--rootdir", str(ROOT), "--confcutdir", str(kata.folder), str(kata.folder / "spec.py")]  # fmt: skip
+        plain = timed(command, max(runs // 3, 2), cwd=ROOT, env=environment)
+        row = {
+            "warm": summary(warm[1:]),
+            "cold": summary(cold),
+            "pytest": summary(plain),
+            "bodies_ms": 1e3 * statistics.median(bodies),
+        }
+        row["warm_of_pytest"] = row["warm"]["median_ms"] / row["pytest"]["median_ms"]
+        row["above_bodies_ms"] = row["warm"]["median_ms"] - row["bodies_ms"]
+        row["cold_minus_pytest_ms"] = row["cold"]["median_ms"] - row["pytest"]["median_ms"]
+        rows[kata.slug] = row
+        print(
+            f"  {kata.slug:<28} warm {row['warm']['median_ms']:7.0f} ms (p95 {row['warm']['p95_ms']:.0f})   bodies {row['bodies_ms']:6.0f}   "
+            f"cold {row['cold']['median_ms']:6.0f}   pytest {row['pytest']['median_ms']:6.0f}   warm/pytest {row['warm_of_pytest']:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+def memory(worker):
+    """Resident memory of the warm process, in bytes."""
+    try:
+        pages = int(Path(f"/proc/{worker.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):
+        return 0
+
+
+def main():
+    """Run, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--days", default="")
+    parser.add_argument("--json", default="")
+    options = parser.parse_args()
+    track = Track.load(ROOT / "katas")
+    katas = [track.find(day) for day in options.days.split(",") if day] or list(track)
+    with tempfile.TemporaryDirectory() as folder:
+        kata = str(Path(sys.executable).with_name("kata"))
+        subprocess.run([kata, "next"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+        rows = start_up(options.runs, folder)
+        for name, row in rows.items():
+            allowed = f"   {row['of_allowed']:.2f} of what is allowed" if "of_allowed" in row else ""
+            print(f"  {name:<16} {row['median_ms']:6.0f} ms (p95 {row['p95_ms']:.0f}){allowed}")
+    with Worker(warm=True) as worker:
+        found = checks(track, katas, options.runs, worker)
+        resident = memory(worker)
+    print(f"  the warm process holds {resident / 1e6:.0f} MB")
+    import importlib.metadata
+
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "pytest", "click", "rich")},
+        "start_up": rows, "checks": found, "warm_process_bytes": resident,
+    }  # fmt: skip
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+main()
