@@ -399,7 +399,7 @@ def status_page(
         line: list[str | tuple[str, str]] = [
             f"{number:>2} {name:<{wide}}  ",
             (bar(done, total, room), style),
-            f"  {done:>2}/{total}",
+            f"  {done:>2}/{total}" if total else "  to come",
         ]
         if now and wide + room + len(now) + 16 <= page.width:
             page.add(*line, (f"   {now}", ""), indent=1)
