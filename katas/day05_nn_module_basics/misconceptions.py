@@ -279,8 +279,8 @@ class mlp__forward_of_layers(MLP):
 
 @misconception(
     "MLP",
-    "All axes but the first were flattened into one. Leading axes are a batch of any shape, and only the "
-    "last axis is mapped.",
+    "The leading axes came back as a single one. They are a batch of any shape and have to survive: only "
+    "the last axis is mapped.",
 )
 class mlp__flattens(MLP):
     def forward(self, x):
@@ -419,8 +419,8 @@ class standardizer__whole_table(Standardizer):
 
 @misconception(
     "Standardizer",
-    "A column without spread has std 0 in your module, and dividing by it gives NaN. Decide what such a "
-    "column means: here it is only centered.",
+    "A column without spread has std 0 in your module, and dividing by it gives NaN or infinity. Decide "
+    "what such a column means: here it is only centered.",
 )
 class standardizer__zero_std(Standardizer):
     @torch.no_grad()

@@ -853,6 +853,14 @@ def test_a_whole_number_is_a_fine_scale(solution, randn):
 
 
 @task("Residual")
+def test_scale_has_the_default_dtype(solution, randn):
+    inner = linear(randn, 3, 3)
+    scales = [getattr(residual(solution, inner, scale), "scale", None) for scale in (0.5, 2)]
+    dtypes = [str(getattr(scale, "dtype", None)) for scale in scales]
+    assert_equal(dtypes, ["torch.float32"] * 2, because="the dtype of .scale where 0.5 and where 2 was given")
+
+
+@task("Residual")
 def test_scale_follows_the_module(solution, randn):
     module = residual(solution, linear(randn, 3, 3), 0.5).to(torch.float64)
     dtype = str(getattr(getattr(module, "scale", None), "dtype", None))
@@ -954,6 +962,12 @@ def test_no_match_freezes_nothing(solution):
     module = three_layers()
     frozen = solution.freeze(module, "norm")
     assert_equal((frozen, len(trainable_names(module))), ([], 6), because="names returned, trainable left")
+
+
+@task("freeze")
+def test_upper_and_lower_case_are_different(solution):
+    frozen = solution.freeze(three_layers(), "BIAS|Weight")
+    assert_equal(frozen, [], because="the names are in lower case, the pattern is not")
 
 
 @task("freeze")

@@ -113,10 +113,10 @@ class Residual(nn.Module):
 def freeze(module: nn.Module, pattern: str) -> list[str]:
     """Switch off `requires_grad` of the parameters whose name contains a match of the regular expression.
 
-    Names are the dotted ones of `named_parameters`, and the match may lie anywhere in them. A tied parameter
-    is frozen if any of its names matches. Returns the names of the parameters that this call has frozen, in
-    the module's order: those that were frozen before are not among them, and a tied parameter appears once,
-    under the first of its names that matches.
+    Names are the dotted ones of `named_parameters`, and the match may lie anywhere in them; case counts. A
+    tied parameter is frozen if any of its names matches. Returns the names of the parameters that this call
+    has frozen, in the module's order: those that were frozen before are not among them, and a tied parameter
+    appears once, under the first of its names that matches.
 
     The `.grad` of what is frozen becomes None, or an optimizer would go on following it. All other parameters
     keep their `requires_grad`, their `.grad` and the gradients that they will get. No value changes, nor does
@@ -164,8 +164,8 @@ def functional_apply(module: nn.Module, tensors: dict[str, Tensor], *args):
     replaces while a stand-in is in its place is put back.
 
     A name that the module does not have raises KeyError, a stand-in of another shape raises ValueError with
-    both shapes written as tuples, and two different tensors for one tied parameter raise ValueError, each
-    with the name in its message and before the forward runs.
+    both shapes written as tuples, and two different tensors for one tied parameter raise ValueError. The
+    message has the name (of a tied parameter, any of its names), and the forward does not run.
     """
     raise NotImplementedError
 
@@ -175,9 +175,10 @@ def per_sample_grads(
 ) -> dict[str, Tensor]:
     """Gradients of `loss_fn(module(x[i:i+1]), y[i:i+1])` for every sample i, stacked.
 
-    x (N, ...) and y (N, ...) with N of at least 1; `loss_fn` returns a scalar. The result maps the name of
-    every trainable parameter (a tied one under its first name), in the module's order, to a tensor (N, *shape
-    of the parameter). The module is called once, not N times, and neither its `.grad` fields nor anything
-    else in it changes. Different N raise ValueError with both shapes written as tuples.
+    x (N, ...) and y (N, ...) with N of at least 1, a module with something to train; `loss_fn` returns a
+    scalar. The result maps the name of every trainable parameter (a tied one under its first name), in the
+    module's order, to a tensor (N, *shape of the parameter). The module is called once, not N times, and
+    neither its `.grad` fields nor anything else in it changes. Different N raise ValueError with both shapes
+    written as tuples.
     """
     raise NotImplementedError
