@@ -155,7 +155,7 @@ def _failing_task(page: Page, task: TaskResult) -> None:
         page.wrap("(these fit equally well)", "dim", 4)
     if task.named:
         count = task.named[0]["tests"]
-        page.wrap(f"(recognised by its numbers in {count} of {len(task.failing)} failing tests)", "dim", 4)
+        page.wrap(f"(recognized by its numbers in {count} of {len(task.failing)} failing tests)", "dim", 4)
         page.blank()
     _failure(page, failure, test.state)
 
