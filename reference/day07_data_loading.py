@@ -3,7 +3,7 @@
 A data set answers `data[i]`, a batch sampler says which `i` go together, a collate function makes one batch of
 them, and a loader is the loop around the three: the protocol of torch.utils.data. The task is addition with
 the digits of the answer written backwards, so that each one depends only on what stands before it
-(Lee et al., "Teaching Arithmetic to Small Transformers", arXiv 2307.03381, section 3).
+(Lee et al., "Teaching Arithmetic to Small Transformers", arXiv 2307.03381, section "Learning Addition in Small Models").
 """
 
 from __future__ import annotations

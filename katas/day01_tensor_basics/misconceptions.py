@@ -43,6 +43,15 @@ def scalar__device_forgotten(value, *, dtype=torch.float32, device=None):
     return torch.tensor(value, dtype=dtype)
 
 
+@misconception(
+    "scalar",
+    "The device is right, but torch guessed the dtype from the number: an int became int64. The caller decides: "
+    "dtype was taken as an argument and then forgotten.",
+)
+def scalar__dtype_forgotten(value, *, dtype=torch.float32, device=None):
+    return torch.tensor(value, device=device)
+
+
 # counting_table
 
 
@@ -130,8 +139,6 @@ def zero_rows__through_a_slice(x, keep):
     "write over the old one.",
 )
 def zero_rows__multiplied(x, keep):
-    if keep.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(keep.shape)} does not fit {tuple(x.shape)}")
     return x * keep[:, None]
 
 
@@ -149,8 +156,6 @@ def zero_rows__columns(x, keep):
     "This is the opposite: the rows with keep == True are the ones that you zeroed.",
 )
 def zero_rows__inverted(x, keep):
-    if keep.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(keep.shape)} does not fit {tuple(x.shape)}")
     return torch.where(keep[:, None], 0, x)
 
 
@@ -159,8 +164,6 @@ def zero_rows__inverted(x, keep):
     "The dropped rows are gone instead of zero: indexing with a boolean picks, so the result has fewer rows than x.",
 )
 def zero_rows__picked(x, keep):
-    if keep.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(keep.shape)} does not fit {tuple(x.shape)}")
     return x[keep]
 
 
@@ -170,8 +173,6 @@ def zero_rows__picked(x, keep):
     "write landed in all of them.",
 )
 def zero_rows__expanded(x, keep):
-    if keep.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(keep.shape)} does not fit {tuple(x.shape)}")
     out = x.new_zeros(1, x.shape[1]).expand(x.shape)
     for n in range(len(x)):
         out[n] = x[n] if keep[n] else 0
@@ -187,8 +188,6 @@ def zero_rows__expanded(x, keep):
     "would convert. Bring the weights to the dtype of the rows first.",
 )
 def weighted_sum__mixed_dtypes(weights, rows):
-    if weights.shape != rows.shape[:1]:
-        raise ValueError(f"{tuple(weights.shape)} does not fit {tuple(rows.shape)}")
     return weights @ rows
 
 
@@ -198,20 +197,24 @@ def weighted_sum__mixed_dtypes(weights, rows):
     "behind the decimal point of the rows. Convert the weights instead.",
 )
 def weighted_sum__rows_converted(weights, rows):
-    if weights.shape != rows.shape[:1]:
-        raise ValueError(f"{tuple(weights.shape)} does not fit {tuple(rows.shape)}")
     return weights @ rows.to(weights.dtype)
 
 
 @misconception(
     "weighted_sum",
-    "float() always means float32. Rows in another floating type then do not fit, or come back in "
-    "float32: take the dtype from the rows.",
+    "float() always means float32. Rows of another floating type do not fit it: take the dtype from the rows.",
 )
 def weighted_sum__always_float32(weights, rows):
-    if weights.shape != rows.shape[:1]:
-        raise ValueError(f"{tuple(weights.shape)} does not fit {tuple(rows.shape)}")
-    return weights.float() @ rows.float()
+    return weights.float() @ rows
+
+
+@misconception(
+    "weighted_sum",
+    "The sum is right, but its dtype was decided by *: a product of two floating types has the wider one. "
+    "Convert the weights to the dtype of the rows before you multiply.",
+)
+def weighted_sum__promoted(weights, rows):
+    return (weights[:, None] * rows).sum(0)
 
 
 @misconception(
@@ -237,8 +240,6 @@ def weighted_sum__columns(weights, rows):
     "This is the average with these weights. The sum is not divided by anything.",
 )
 def weighted_sum__average(weights, rows):
-    if weights.shape != rows.shape[:1]:
-        raise ValueError(f"{tuple(weights.shape)} does not fit {tuple(rows.shape)}")
     return weights.to(rows.dtype) @ rows / weights.to(rows.dtype).sum()
 
 
@@ -316,7 +317,7 @@ def make_grid__device_forgotten(h, w, *, dtype=torch.float32, device=None):
 
 
 def _width(lengths, max_len):
-    return max(lengths.tolist(), default=0) if max_len is None else max_len
+    return int(lengths.max()) if max_len is None else max_len
 
 
 @misconception(
@@ -342,7 +343,7 @@ def sequence_mask__inverted(lengths, max_len=None):
     "means that nothing was said.",
 )
 def sequence_mask__zero_is_false(lengths, max_len=None):
-    max_len = max_len or max(lengths.tolist(), default=0)
+    max_len = max_len or int(lengths.max())
     return torch.arange(max_len, device=lengths.device) < lengths[:, None]
 
 
@@ -351,7 +352,7 @@ def sequence_mask__zero_is_false(lengths, max_len=None):
     "max_len made your mask wider but never narrower: a max_len below the longest length cuts off.",
 )
 def sequence_mask__never_cut(lengths, max_len=None):
-    longest = max(lengths.tolist(), default=0)
+    longest = int(lengths.max())
     return torch.arange(max(longest, max_len or 0), device=lengths.device) < lengths[:, None]
 
 
@@ -360,7 +361,7 @@ def sequence_mask__never_cut(lengths, max_len=None):
     "max_len changed nothing: your mask is always as wide as the longest sequence.",
 )
 def sequence_mask__max_len_forgotten(lengths, max_len=None):
-    return torch.arange(max(lengths.tolist(), default=0), device=lengths.device) < lengths[:, None]
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 @misconception(
@@ -399,10 +400,8 @@ def sequence_mask__default_device(lengths, max_len=None):
     "Split the last axis first, then swap.",
 )
 def split_heads__straight_view(x, n_heads):
-    if n_heads < 1 or x.shape[-1] % n_heads:
-        raise ValueError(f"{tuple(x.shape)} does not split into {n_heads}")
-    *lead, T, width = x.shape
-    return x.reshape(*lead, n_heads, T, width // n_heads)
+    B, T, width = x.shape
+    return x.view(B, n_heads, T, width // n_heads)
 
 
 @misconception(
@@ -411,8 +410,6 @@ def split_heads__straight_view(x, n_heads):
     "stay in the memory of x: contiguous, clone, stack and cat all make new memory.",
 )
 def split_heads__contiguous(x, n_heads):
-    if n_heads < 1 or x.shape[-1] % n_heads:
-        raise ValueError(f"{tuple(x.shape)} does not split into {n_heads}")
     *lead, T, width = x.shape
     return x.reshape(*lead, T, n_heads, width // n_heads).transpose(-3, -2).contiguous()
 
@@ -423,8 +420,6 @@ def split_heads__contiguous(x, n_heads):
     "connected block of Dh features.",
 )
 def split_heads__taking_turns(x, n_heads):
-    if n_heads < 1 or x.shape[-1] % n_heads:
-        raise ValueError(f"{tuple(x.shape)} does not split into {n_heads}")
     *lead, T, width = x.shape
     return x.unflatten(-1, (width // n_heads, n_heads)).movedim(-1, -3)
 
@@ -435,8 +430,6 @@ def split_heads__taking_turns(x, n_heads):
     "Dh). They belong in front.",
 )
 def split_heads__not_swapped(x, n_heads):
-    if n_heads < 1 or x.shape[-1] % n_heads:
-        raise ValueError(f"{tuple(x.shape)} does not split into {n_heads}")
     return x.unflatten(-1, (n_heads, x.shape[-1] // n_heads))
 
 
@@ -445,8 +438,6 @@ def split_heads__not_swapped(x, n_heads):
     "n_heads is how many heads there are; you used it as the width of one.",
 )
 def split_heads__width_for_number(x, n_heads):
-    if n_heads < 1 or x.shape[-1] % n_heads:
-        raise ValueError(f"{tuple(x.shape)} does not split into {n_heads}")
     return x.unflatten(-1, (x.shape[-1] // n_heads, n_heads)).transpose(-3, -2)
 
 
@@ -456,8 +447,6 @@ def split_heads__width_for_number(x, n_heads):
     "none: count axes from the end.",
 )
 def split_heads__one_batch_axis(x, n_heads):
-    if n_heads < 1 or x.shape[-1] % n_heads:
-        raise ValueError(f"{tuple(x.shape)} does not split into {n_heads}")
     B, T, width = x.shape
     return x.view(B, T, n_heads, width // n_heads).transpose(1, 2)
 
@@ -532,8 +521,6 @@ def merge_heads__summed(x):
     "You took the row behind the last one: a sequence of length 3 has rows 0, 1 and 2.",
 )
 def gather_last__one_too_far(x, lengths):
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(lengths.shape)} does not fit {tuple(x.shape)}")
     return x[torch.arange(len(x), device=x.device), lengths]
 
 
@@ -542,8 +529,6 @@ def gather_last__one_too_far(x, lengths):
     "x[:, -1] is the last row of the padded tensor: for every sequence that is shorter than T you took padding.",
 )
 def gather_last__last_column(x, lengths):
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(lengths.shape)} does not fit {tuple(x.shape)}")
     return x[:, -1]
 
 
@@ -553,8 +538,6 @@ def gather_last__last_column(x, lengths):
     "* B pairs. For pairs that belong together both axes need an index.",
 )
 def gather_last__all_pairs(x, lengths):
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(lengths.shape)} does not fit {tuple(x.shape)}")
     return x[:, lengths - 1]
 
 
@@ -563,8 +546,6 @@ def gather_last__all_pairs(x, lengths):
     "Multiplying the other rows by 0 and adding up does not remove them: 0 * NaN is NaN. Pick by index instead.",
 )
 def gather_last__masked_sum(x, lengths):
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(lengths.shape)} does not fit {tuple(x.shape)}")
     chosen = torch.arange(x.shape[1], device=x.device) == lengths[:, None] - 1
     return (x * chosen[..., None]).sum(1).to(x.dtype)
 
@@ -574,32 +555,16 @@ def gather_last__masked_sum(x, lengths):
     "The values are right, but the way back is cut: detach, .data and no_grad leave x without a gradient.",
 )
 def gather_last__detached(x, lengths):
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"{tuple(lengths.shape)} does not fit {tuple(x.shape)}")
     return x.detach()[torch.arange(len(x), device=x.device), lengths - 1]
-
-
-@misconception(
-    "gather_last",
-    "One length too few went unnoticed: a single index is broadcast, so every sequence was read at the "
-    "place of the first. Compare the shapes before you index.",
-)
-def gather_last__unchecked(x, lengths):
-    return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
 # pad_stack
 
 
-def _checked(seqs):
-    if not seqs:
-        raise ValueError("no sequences")
-    first = tuple(seqs[0].shape)
-    for seq in seqs:
-        if tuple(seq.shape)[1:] != first[1:]:
-            raise ValueError(f"{tuple(seq.shape)} does not fit {first}")
+def _sizes(seqs):
+    rest = seqs[0].shape[1:]
     lengths = [len(seq) for seq in seqs]
-    return lengths, (len(seqs), max(lengths), *first[1:])
+    return lengths, (len(seqs), max(lengths), *rest)
 
 
 @misconception(
@@ -608,7 +573,7 @@ def _checked(seqs):
     "filling fresh memory with NaN). What nobody writes must be filled.",
 )
 def pad_stack__empty(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = seqs[0].new_empty(shape)
     for b, seq in enumerate(seqs):
         out[b, : len(seq)] = seq
@@ -620,7 +585,7 @@ def pad_stack__empty(seqs, value=0):
     "The padding is always 0 in yours; the caller may ask for another value.",
 )
 def pad_stack__always_zero(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = seqs[0].new_zeros(shape)
     for b, seq in enumerate(seqs):
         out[b, : len(seq)] = seq
@@ -629,11 +594,23 @@ def pad_stack__always_zero(seqs, value=0):
 
 @misconception(
     "pad_stack",
+    "torch.zeros(...) decided two things for the caller: the padding is always 0, and the stack is always float32.",
+)
+def pad_stack__plain_zeros(seqs, value=0):
+    lengths, shape = _sizes(seqs)
+    out = torch.zeros(shape)
+    for b, seq in enumerate(seqs):
+        out[b, : len(seq)] = seq
+    return out, torch.tensor(lengths)
+
+
+@misconception(
+    "pad_stack",
     "All rows hold the same, a pile of everything that you wrote: expand does not make B rows, it shows "
     "one row B times (stride 0).",
 )
 def pad_stack__expanded(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = seqs[0].new_full((1, *shape[1:]), value).expand(shape)
     for b, seq in enumerate(seqs):
         out[b, : len(seq)] = seq
@@ -645,7 +622,7 @@ def pad_stack__expanded(seqs, value=0):
     "The padding stands in front of your sequences. Here each one begins at place 0 and the filling follows.",
 )
 def pad_stack__in_front(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = seqs[0].new_full(shape, value)
     for b, seq in enumerate(seqs):
         out[b, shape[1] - len(seq) :] = seq
@@ -658,7 +635,7 @@ def pad_stack__in_front(seqs, value=0):
     "indices and must be integers.",
 )
 def pad_stack__float_lengths(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = seqs[0].new_full(shape, value)
     for b, seq in enumerate(seqs):
         out[b, : len(seq)] = seq
@@ -671,7 +648,7 @@ def pad_stack__float_lengths(seqs, value=0):
     "it takes it from its source.",
 )
 def pad_stack__default_dtype(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = torch.full(shape, float(value), device=seqs[0].device)
     for b, seq in enumerate(seqs):
         out[b, : len(seq)] = seq
@@ -684,7 +661,7 @@ def pad_stack__default_dtype(seqs, value=0):
     "the batch comes first.",
 )
 def pad_stack__time_first(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     out = seqs[0].new_full((shape[1], shape[0], *shape[2:]), value)
     for b, seq in enumerate(seqs):
         out[: len(seq), b] = seq
@@ -697,7 +674,7 @@ def pad_stack__time_first(seqs, value=0):
     "own, then all were copied once more into the stack. Make the stack first and write into it.",
 )
 def pad_stack__padded_one_by_one(seqs, value=0):
-    lengths, shape = _checked(seqs)
+    lengths, shape = _sizes(seqs)
     rows = [torch.cat((seq, seq.new_full((shape[1] - len(seq), *shape[2:]), value))) for seq in seqs]
     return torch.stack(rows), torch.tensor(lengths, device=seqs[0].device)
 
@@ -706,9 +683,7 @@ def pad_stack__padded_one_by_one(seqs, value=0):
 
 
 def _whole(x, size, step):
-    if size < 1 or step < 1:
-        raise ValueError("size and step are at least 1")
-    return max(0, (x.shape[1] - size) // step + 1)
+    return (x.shape[1] - size) // step + 1
 
 
 @misconception(
@@ -743,7 +718,7 @@ def sliding_windows__offset_zero(x, size, step=1):
 )
 def sliding_windows__last_one_missing(x, size, step=1):
     over_batch, over_time, *over_rest = x.stride()
-    n = max(0, _whole(x, size, step) - 1)
+    n = _whole(x, size, step) - 1
     return x.as_strided((x.shape[0], n, size, *x.shape[2:]), (over_batch, step * over_time, over_time, *over_rest))
 
 
@@ -754,7 +729,7 @@ def sliding_windows__last_one_missing(x, size, step=1):
 )
 def sliding_windows__step_not_counted(x, size, step=1):
     over_batch, over_time, *over_rest = x.stride()
-    shape = (x.shape[0], _whole(x, size, step) and x.shape[1] - size + 1, size, *x.shape[2:])
+    shape = (x.shape[0], x.shape[1] - size + 1, size, *x.shape[2:])
     return x.as_strided(shape, (over_batch, step * over_time, over_time, *over_rest))
 
 
@@ -765,7 +740,7 @@ def sliding_windows__step_not_counted(x, size, step=1):
 )
 def sliding_windows__rounded_up(x, size, step=1):
     over_batch, over_time, *over_rest = x.stride()
-    n = _whole(x, size, step) and -(-(x.shape[1] - size) // step) + 1
+    n = -(-(x.shape[1] - size) // step) + 1
     return x.as_strided((x.shape[0], n, size, *x.shape[2:]), (over_batch, step * over_time, over_time, *over_rest))
 
 
@@ -806,10 +781,8 @@ def sliding_windows__copied(x, size, step=1):
     "For a sequence shorter than a window the number of windows came out negative: it is 0 then.",
 )
 def sliding_windows__negative_number(x, size, step=1):
-    if size < 1 or step < 1:
-        raise ValueError("size and step are at least 1")
     over_batch, over_time, *over_rest = x.stride()
-    shape = (x.shape[0], (x.shape[1] - size) // step + 1, size, *x.shape[2:])
+    shape = (x.shape[0], _whole(x, size, step), size, *x.shape[2:])
     return x.as_strided(shape, (over_batch, step * over_time, over_time, *over_rest))
 
 

@@ -1,4 +1,8 @@
-"""Day 1: what the tasks promise."""
+"""Day 1: what the tasks promise.
+
+Most tests of an edge (empty, other dtype, other device) look at a plain case first. So a solution that is wrong in
+the plain case fails there in all of them, and its mistake can be named whatever it does at the edges.
+"""
 
 import contextlib
 import random
@@ -61,43 +65,54 @@ def device_follows(call, device):
 # scalar
 
 
+def one_number(tensor):
+    """The tensor, after a look at its shape."""
+    assert_equal(tuple(tensor.shape), (), because="one number has no axis: its shape is (), not (1,)")
+    return tensor
+
+
 @task("scalar")
 def test_scalar_has_no_axes(solution, randint):
-    number = int(randint(2, 10, ()))
-    shape = tuple(solution.scalar(number).shape)
-    assert_equal(shape, (), because="one number has no axis: its shape is (), not (1,)")
+    one_number(solution.scalar(int(randint(2, 10, ()))))
 
 
 @task("scalar")
 def test_scalar_holds_the_number(solution, randint):
     number = int(randint(2, 10, ())) + 0.25
     expected = torch.full((), number, dtype=torch.float32)
-    assert_close(solution.scalar(number), expected, because=f"scalar({number}) holds {number}")
+    result = one_number(solution.scalar(number))
+    assert_close(result, expected, because=f"scalar({number}) holds {number}")
 
 
 @task("scalar")
 def test_scalar_is_float32_even_from_an_int(solution, randint, device):
     number = int(randint(2, 10, ()))
     expected = torch.full((), number, dtype=torch.float32, device=device)
-    result = solution.scalar(number, device=device)
+    result = one_number(solution.scalar(number, device=device))
     assert_close(result, expected, because="dtype is float32 unless the caller says otherwise")
 
 
 @task("scalar")
 @pytest.mark.parametrize("wanted", [torch.int64, torch.float16, torch.bool])
 def test_scalar_has_the_dtype_that_was_asked_for(solution, wanted):
-    expected = torch.ones((), dtype=wanted)
-    assert_close(solution.scalar(1, dtype=wanted), expected, because=f"dtype={wanted} was asked for")
+    expected = torch.full((), 3, dtype=wanted)
+    result = one_number(solution.scalar(3, dtype=wanted))
+    assert_close(result, expected, because=f"dtype={wanted} was asked for")
 
 
 @task("scalar")
 def test_scalar_lives_on_the_device_that_was_asked_for(solution, randint):
     number = int(randint(2, 10, ()))
-    result = solution.scalar(number, dtype=torch.float16, device="meta")
+    result = one_number(solution.scalar(number, dtype=torch.float16, device="meta"))
     assert_equal(facts(result), ("meta", torch.float16, ()), because="device and dtype come from the caller")
 
 
 # counting_table
+
+
+def plain_table(solution):
+    expected = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    assert_equal(solution.counting_table(2, 3), expected, because="out[i, j] = i*w + j")
 
 
 @task("counting_table")
@@ -119,12 +134,14 @@ def test_counting_table_begins_at_start(solution, randint, h, w, sign):
 @task("counting_table")
 @pytest.mark.parametrize("h, w", [(0, 3), (3, 0), (0, 0)])
 def test_counting_table_may_be_empty(solution, h, w):
+    plain_table(solution)
     result = solution.counting_table(h, w, start=7)
     assert_equal(facts(result), ("cpu", torch.int64, (h, w)), because="an empty table still has its shape and dtype")
 
 
 @task("counting_table")
 def test_counting_table_lives_on_the_device_that_was_asked_for(solution):
+    plain_table(solution)
     result = solution.counting_table(2, 3, start=1, device="meta")
     assert_equal(facts(result), ("meta", torch.int64, (2, 3)), because="device comes from the caller")
 
@@ -234,7 +251,7 @@ def eighths(randint, *shape):
 
 def summed(weights, rows):
     total = np.zeros(rows.shape[1])
-    for weight, row in zip(weights.double().cpu().numpy(), rows.double().cpu().numpy(), strict=True):
+    for weight, row in zip(weights.cpu().double().numpy(), rows.cpu().double().numpy(), strict=True):
         total += weight * row
     return torch.from_numpy(total).to(rows.dtype)
 
@@ -302,6 +319,11 @@ def test_weighted_sum_refuses_weights_that_do_not_fit(solution, randn, shape):
 # make_grid
 
 
+def plain_grid(solution):
+    expected = torch.tensor([[[0, 0], [0, 1], [0, 2]], [[1, 0], [1, 1], [1, 2]]], dtype=torch.float32)
+    assert_equal(solution.make_grid(2, 3), expected, because="out[i, j] = (i, j), in float32")
+
+
 @task("make_grid")
 @pytest.mark.parametrize("h, w", [(3, 5), (5, 2), (1, 4), (4, 1), (3, 3)])
 def test_make_grid_has_the_coordinates(solution, device, h, w):
@@ -312,6 +334,7 @@ def test_make_grid_has_the_coordinates(solution, device, h, w):
 @task("make_grid")
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.bfloat16])
 def test_make_grid_has_the_dtype_that_was_asked_for(solution, device, kind):
+    plain_grid(solution)
     expected = torch.from_numpy(np.indices((4, 3)).transpose(1, 2, 0).copy()).to(device=device, dtype=kind)
     assert_equal(solution.make_grid(4, 3, dtype=kind, device=device), expected, because=f"dtype={kind} was asked for")
 
@@ -319,18 +342,21 @@ def test_make_grid_has_the_dtype_that_was_asked_for(solution, device, kind):
 @task("make_grid")
 @pytest.mark.parametrize("h, w", [(0, 3), (3, 0), (0, 0)])
 def test_make_grid_may_be_empty(solution, h, w):
+    plain_grid(solution)
     result = solution.make_grid(h, w)
     assert_equal(tuple(result.shape), (h, w, 2), because="an empty grid still has its shape")
 
 
 @task("make_grid")
 def test_make_grid_lives_on_the_device_that_was_asked_for(solution):
+    plain_grid(solution)
     result = solution.make_grid(2, 3, dtype=torch.float16, device="meta")
     assert_equal(facts(result), ("meta", torch.float16, (2, 3, 2)), because="device and dtype come from the caller")
 
 
 @task("make_grid")
 def test_make_grid_allocates_at_most_twice_its_size(solution, device):
+    plain_grid(solution)
     expected = torch.from_numpy(np.indices((30, 40)).transpose(1, 2, 0).astype(np.float32))
     result = assert_cost(
         solution.make_grid, 30, 40, device=device, max_new_bytes=2 * 30 * 40 * 2 * 4,
@@ -350,6 +376,12 @@ def make_grid_cost(module, device):
 def looped_mask(lengths, max_len):
     rows = [[t < length for t in range(max_len)] for length in lengths]
     return torch.tensor(rows, dtype=torch.bool).reshape(len(lengths), max_len)
+
+
+def plain_mask(solution, device):
+    lengths = torch.tensor([2, 0, 3], device=device)
+    expected = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    assert_equal(solution.sequence_mask(lengths), expected, because="True inside the sequence, False behind it")
 
 
 @task("sequence_mask")
@@ -398,12 +430,15 @@ def test_sequence_mask_can_have_width_zero(solution, randperm):
 
 @task("sequence_mask")
 def test_sequence_mask_of_empty_sequences_only(solution, device):
+    plain_mask(solution, device)
     result = solution.sequence_mask(torch.zeros(3, dtype=torch.int64, device=device))
     assert_equal(tuple(result.shape), (3, 0), because="the longest sequence has length 0")
 
 
 @task("sequence_mask")
 def test_sequence_mask_of_an_empty_batch(solution, device):
+    plain_mask(solution, device)
+    check_width(solution, torch.tensor([3, 2], device=device), 1)
     lengths = torch.zeros(0, dtype=torch.int64, device=device)
     result = solution.sequence_mask(lengths, 4)
     assert_equal((result.dtype, tuple(result.shape)), (torch.bool, (0, 4)), because="B = 0 with max_len=4")
@@ -413,6 +448,10 @@ def test_sequence_mask_of_an_empty_batch(solution, device):
 
 @task("sequence_mask")
 def test_sequence_mask_lives_where_the_lengths_live(solution, device):
+    plain_mask(solution, device)
+    for max_len in (4, 1):
+        check_width(solution, torch.tensor([3, 2], device=device), max_len)
+
     def call(where):
         return facts(solution.sequence_mask(torch.ones(3, dtype=torch.int64, device=where), 4))
 
@@ -438,32 +477,36 @@ def looped_split(x, n_heads):
 FORMULA = "out[..., h, t, d] is x[..., t, h*Dh + d]"
 
 
+def check_split(solution, x, n_heads):
+    expected = looped_split(x, n_heads)
+    result = solution.split_heads(x, n_heads)
+    assert_equal(result, expected, because=FORMULA)
+    return result
+
+
 @task("split_heads")
 @pytest.mark.parametrize("lead", [(2,), (), (2, 5)])
 def test_split_heads_follows_the_formula(solution, randn, lead):
-    x = randn(*lead, 4, 3 * 6)
-    expected = looped_split(x, 3)
-    assert_equal(solution.split_heads(x, 3), expected, because=FORMULA)
+    for axes in ((3,), lead):
+        check_split(solution, randn(*axes, 4, 3 * 6), 3)
 
 
 @task("split_heads")
 def test_split_heads_follows_the_formula_when_all_sizes_are_equal(solution, randn):
-    x = randn(3, 3, 9)
-    expected = looped_split(x, 3)
-    assert_equal(solution.split_heads(x, 3), expected, because=FORMULA)
+    check_split(solution, randn(3, 3, 9), 3)
 
 
 @task("split_heads")
 @pytest.mark.parametrize("n_heads", [1, 6])
 def test_split_heads_takes_one_head_and_heads_of_width_one(solution, randn, n_heads):
-    x = randn(2, 4, 6)
-    expected = looped_split(x, n_heads)
-    assert_equal(solution.split_heads(x, n_heads), expected, because=FORMULA)
+    check_split(solution, randn(2, 4, 12), 3)
+    check_split(solution, randn(2, 4, 6), n_heads)
 
 
 @task("split_heads")
-@pytest.mark.parametrize("shape", [(2, 4, 6), (4, 6), (2, 5, 4, 6)])
+@pytest.mark.parametrize("shape", [(2, 4, 12), (4, 12), (2, 5, 4, 12)])
 def test_split_heads_is_a_view(solution, randn, shape):
+    check_split(solution, randn(3, 4, 12), 3)
     x = randn(*shape)
     shared = same_storage(solution.split_heads(x, 3), x)
     assert_that(shared, "the heads must lie in the memory of x", value="not the memory of x")
@@ -471,29 +514,23 @@ def test_split_heads_is_a_view(solution, randn, shape):
 
 @task("split_heads")
 def test_split_heads_is_a_view_even_of_strided_memory(solution, randn):
-    for x in (
-        noncontiguous(randn(2, 4, 6)),
-        randn(6, 4, 2).permute(2, 1, 0),
-        randn(2, 9, 6)[:, 3:7],
-        randn(2, 1, 6).expand(2, 4, 6),
-    ):
-        expected = looped_split(x, 3)
-        result = solution.split_heads(x, 3)
-        assert_equal(result, expected, because=FORMULA)
+    contiguous, other_way_round = randn(2, 4, 12), randn(12, 4, 2).permute(2, 1, 0)
+    for x in (contiguous, noncontiguous(contiguous), other_way_round, randn(2, 9, 12)[:, 3:7]):
+        result = check_split(solution, x, 3)
         assert_that(same_storage(result, x), "the heads must lie in the memory of x", value="not the memory of x")
 
 
 @task("split_heads")
 def test_split_heads_copies_not_a_byte(solution, randn):
     x = randn(8, 16, 12)
-    expected = looped_split(x, 3)
-    result = assert_cost(solution.split_heads, x, 3, max_new_bytes=0, because="splitting and swapping axes are free")
-    assert_equal(result, expected, because=FORMULA)
+    check_split(solution, x, 3)
+    assert_cost(solution.split_heads, x, 3, max_new_bytes=0, because="splitting and swapping axes are free")
 
 
 @task("split_heads")
-@pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6), (2, 4, 0)])
+@pytest.mark.parametrize("shape", [(0, 4, 12), (2, 0, 12), (2, 4, 0)])
 def test_split_heads_of_an_empty_tensor(solution, randn, shape):
+    check_split(solution, randn(3, 4, 12), 3)
     result = solution.split_heads(randn(*shape), 3)
     expected = (shape[0], 3, shape[1], shape[2] // 3)
     assert_equal(tuple(result.shape), expected, because="a size of 0 is a size like any other")
@@ -536,59 +573,54 @@ def looped_merge(x):
 JOINED = "out[..., t, h*Dh + d] is x[..., h, t, d]"
 
 
+def check_merge(solution, x):
+    expected = looped_merge(x)
+    assert_equal(solution.merge_heads(x), expected, because=JOINED)
+
+
 @task("merge_heads")
 @pytest.mark.parametrize("lead", [(2,), (), (2, 5)])
 def test_merge_heads_follows_the_formula(solution, randn, lead):
-    x = randn(*lead, 3, 4, 6)
-    expected = looped_merge(x)
-    assert_equal(solution.merge_heads(x), expected, because=JOINED)
+    for axes in ((7,), lead):
+        check_merge(solution, randn(*axes, 3, 4, 6))
 
 
 @task("merge_heads")
 def test_merge_heads_follows_the_formula_when_all_sizes_are_equal(solution, randn):
-    x = randn(3, 3, 3, 3)
-    expected = looped_merge(x)
-    assert_equal(solution.merge_heads(x), expected, because=JOINED)
+    check_merge(solution, randn(3, 3, 3, 3))
 
 
 @task("merge_heads")
 def test_merge_heads_takes_any_strides(solution, randn):
-    for x in (
-        noncontiguous(randn(2, 3, 4, 6)),
-        randn(6, 4, 3, 2).permute(3, 2, 1, 0),
-        randn(2, 3, 1, 6).expand(2, 3, 4, 6),
-    ):
-        expected = looped_merge(x)
-        assert_equal(solution.merge_heads(x), expected, because=JOINED)
+    contiguous, other_way_round = randn(2, 3, 4, 6), randn(6, 4, 3, 2).permute(3, 2, 1, 0)
+    for x in (contiguous, noncontiguous(contiguous), other_way_round, randn(2, 3, 1, 6).expand(2, 3, 4, 6)):
+        check_merge(solution, x)
 
 
 @task("merge_heads")
 @pytest.mark.parametrize("lead", [(2,), (), (2, 5)])
 def test_merge_heads_undoes_a_split(solution, randn, lead):
-    x = randn(*lead, 4, 18)
-    parts = x.reshape(*lead, 4, 3, 6).transpose(-3, -2)
-    expected = x.clone()
-    assert_equal(solution.merge_heads(parts), expected, because="what split_heads cut is put together as it was")
+    for axes in ((7,), lead):
+        x = randn(*axes, 4, 18)
+        heads = x.reshape(*axes, 4, 3, 6).transpose(-3, -2)
+        expected = x.clone()
+        assert_equal(solution.merge_heads(heads), expected, because="what split_heads cut is put together as it was")
 
 
 @task("merge_heads")
 @pytest.mark.parametrize("shape", [(0, 3, 4, 6), (2, 3, 0, 6)])
 def test_merge_heads_of_an_empty_tensor(solution, randn, shape):
+    check_merge(solution, randn(2, 3, 4, 6))
     result = solution.merge_heads(randn(*shape))
     assert_equal(tuple(result.shape), (shape[0], shape[2], 18), because="a size of 0 is a size like any other")
 
 
 @task("merge_heads")
 def test_merge_heads_copies_at_most_once(solution, randn):
-    x = noncontiguous(randn(4, 3, 8, 6))
-    expected = looped_merge(x)
-    result = assert_cost(
-        solution.merge_heads,
-        x,
-        max_new_bytes=4 * x.numel(),
-        because="at most one tensor of the size of x is needed",
-    )
-    assert_equal(result, expected, because=JOINED)
+    x = randn(4, 3, 8, 6)
+    check_merge(solution, x)
+    once = 4 * x.numel()
+    assert_cost(solution.merge_heads, x, max_new_bytes=once, because="at most one tensor of the size of x is needed")
 
 
 @cost_case("merge_heads")
@@ -683,7 +715,10 @@ def test_gather_last_of_an_empty_batch(solution, randn, randint):
 @pytest.mark.parametrize("shape", [(1,), (3,), (6,), (4, 1), (4, 6), ()])
 def test_gather_last_refuses_lengths_that_do_not_fit(solution, randn, randint, shape):
     lengths = randint(1, 3, shape)
-    assert_raises(ValueError, solution.gather_last, randn(4, 6, 3), lengths, mentions=["(4, 6, 3)", str(shape)])
+    assert_raises(
+        ValueError, solution.gather_last, randn(4, 6, 3), lengths, mentions=["(4, 6, 3)", str(shape)],
+        because="lengths that do not fit would be broadcast by the indexing, or fail with a message about it",
+    )  # fmt: skip
 
 
 # pad_stack
@@ -692,6 +727,12 @@ def test_gather_last_refuses_lengths_that_do_not_fit(solution, randn, randint, s
 def padded(seqs, value):
     stack = torch.nn.utils.rnn.pad_sequence([seq.cpu() for seq in seqs], batch_first=True, padding_value=value)
     return stack, torch.tensor([seq.shape[0] for seq in seqs])
+
+
+def plain_stack(solution, randn):
+    seqs = [randn(2, 3), randn(5, 3), randn(1, 3)]
+    expected = padded(seqs, 0)
+    assert_close(solution.pad_stack(seqs), expected, because="each sequence, then zeros; and how long each is")
 
 
 @task("pad_stack")
@@ -712,7 +753,8 @@ def test_pad_stack_fills_up_with_the_value(solution, randn, randperm, value):
 
 @task("pad_stack")
 @pytest.mark.parametrize("kind", [torch.int64, torch.bfloat16, torch.bool])
-def test_pad_stack_keeps_the_dtype(solution, randint, randperm, kind):
+def test_pad_stack_keeps_the_dtype(solution, randint, randperm, kind, randn):
+    plain_stack(solution, randn)
     seqs = [randint(0, 9, (length, 3)).to(kind) for length in (randperm(4) + 1).tolist()]
     expected = padded(seqs, 1)
     assert_close(solution.pad_stack(seqs, 1), expected, because="the stack has the dtype of the sequences")
@@ -720,6 +762,7 @@ def test_pad_stack_keeps_the_dtype(solution, randint, randperm, kind):
 
 @task("pad_stack")
 def test_pad_stack_takes_empty_sequences(solution, randn, randperm):
+    plain_stack(solution, randn)
     seqs = [randn(length, 3) for length in randperm(4).tolist()]
     expected = padded(seqs, 0)
     assert_close(solution.pad_stack(seqs), expected, because="a sequence of length 0 is a row of filling")
@@ -727,6 +770,7 @@ def test_pad_stack_takes_empty_sequences(solution, randn, randperm):
 
 @task("pad_stack")
 def test_pad_stack_of_empty_sequences_only(solution, randn):
+    plain_stack(solution, randn)
     stack, lengths = solution.pad_stack([randn(0, 3), randn(0, 3)])
     assert_equal((tuple(stack.shape), lengths.tolist()), ((2, 0, 3), [0, 0]), because="the longest has length 0")
 
@@ -740,6 +784,7 @@ def test_pad_stack_takes_strided_sequences(solution, randn, randperm):
 
 @task("pad_stack")
 def test_pad_stack_returns_memory_of_its_own(solution, randn):
+    plain_stack(solution, randn)
     seqs = [randn(4, 3)]
     expected = padded(seqs, 0)
     result = solution.pad_stack(seqs)
@@ -752,7 +797,9 @@ def test_pad_stack_returns_memory_of_its_own(solution, randn):
 
 
 @task("pad_stack")
-def test_pad_stack_lives_where_the_sequences_live(solution, device):
+def test_pad_stack_lives_where_the_sequences_live(solution, device, randn):
+    plain_stack(solution, randn)
+
     def call(where):
         stack, lengths = solution.pad_stack([torch.ones(2, 3, device=where), torch.ones(4, 3, device=where)])
         return facts(stack), facts(lengths)
@@ -764,6 +811,7 @@ def test_pad_stack_lives_where_the_sequences_live(solution, device):
 
 @task("pad_stack")
 def test_pad_stack_allocates_only_the_stack(solution, randn, randperm):
+    plain_stack(solution, randn)
     seqs = [randn(length, 8) for length in (10 * (randperm(6) + 1)).tolist()]
     expected = padded(seqs, 0)
     result = assert_cost(
@@ -802,6 +850,15 @@ def windows(x, size, step=1):
 WINDOW = "out[:, n, i] is x[:, n*step + i]"
 
 
+def plain_windows(solution, randn):
+    """Windows over three layouts, as views."""
+    for x in (randn(2, 9, 3), randn(9, 2, 3).transpose(0, 1), randn(3, 11, 3)[1:, 2:]):
+        expected = windows(x, 4, 2)
+        result = solution.sliding_windows(x, 4, 2)
+        assert_equal(result, expected, because=WINDOW)
+        assert_that(same_storage(result, x), "the windows must lie in the memory of x", value="not the memory of x")
+
+
 @task("sliding_windows")
 @pytest.mark.parametrize("rest", [(3,), (), (3, 5)])
 def test_sliding_windows_move_by_one(solution, randn, rest):
@@ -829,12 +886,14 @@ def test_sliding_windows_at_the_edges(solution, randn, size, step):
 @task("sliding_windows")
 @pytest.mark.parametrize("size, step", [(8, 1), (9, 1), (30, 2), (9, 3)])
 def test_sliding_windows_longer_than_the_sequence(solution, randn, size, step):
+    plain_windows(solution, randn)
     result = solution.sliding_windows(randn(2, 7, 3), size, step)
     assert_equal(tuple(result.shape), (2, 0, size, 3), because="no whole window fits: N = 0")
 
 
 @task("sliding_windows")
 def test_sliding_windows_of_an_empty_batch(solution, randn):
+    plain_windows(solution, randn)
     result = solution.sliding_windows(randn(0, 7, 3), 4, 2)
     assert_equal(tuple(result.shape), (0, 2, 4, 3), because="B = 0 is a batch like any other")
 

@@ -208,7 +208,7 @@ class ArithmeticDataset__global_draw(Split):
 @misconception(
     "ArithmeticDataset",
     "You drew single questions, so 3+5= can be in the test while 5+3= was in the training, with the same answer. "
-    "About nine of ten test questions leak like this.",
+    "With a tenth of all questions in the test, about nine of ten leak like this.",
 )
 class ArithmeticDataset__twins_apart(Split):
     @staticmethod

@@ -148,8 +148,8 @@ class Loader:
     torch.utils.data.DataLoader with the same three arguments, which may not be used.
 
     Each `for` loop begins a new pass over `batch_sampler`, and asks it only then, so that its set_epoch works
-    between passes. Two passes that are under way at one time do not disturb each other. An item is fetched when its batch is
-    asked for, not earlier, and once. `len` is that of `batch_sampler`.
+    between passes. Two passes that are under way at one time do not disturb each other. An item is fetched when
+    its batch is asked for, not earlier, and once. `len` is that of `batch_sampler`.
     """
 
     def __init__(self, dataset: Any, batch_sampler: Any, collate_fn: Callable[[list], Any]):
