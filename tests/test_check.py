@@ -176,3 +176,60 @@ def test_the_parent_never_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_of_two_names_only_the_wrong_one_is_named(toy, warm_worker, tmp_path):
+    """A round trip fails because of one of its two functions; a mistake in the other one is not named for it."""
+    import shutil
+
+    from checker import request
+    from checker.track import Track
+
+    shutil.copytree(toy.folder.parent, tmp_path / "toy")
+    folder = tmp_path / "toy" / "katas" / "day02_chain"
+    (tmp_path / "toy" / "reference" / "day02_chain.py").write_text(
+        '"""Both ways."""\n\n\ndef there(x):\n    return x + 1\n\n\ndef back(x):\n    return x - 1\n'
+    )
+    file = folder / "kata.toml"
+    file.write_text(file.read_text().replace('name = "twice"', 'name = "twice"\nnames = ["there", "back"]'))
+    (folder / "stub.py").write_text(
+        "def there(x):\n    raise NotImplementedError\n\n\ndef back(x):\n    raise NotImplementedError\n"
+    )
+    (folder / "spec.py").write_text(
+        "from checker.testing import assert_equal, task\n\n\n"
+        '@task("twice")\ndef test_there_and_back(solution):\n    assert_equal(solution.back(solution.there(3)), 3)\n'
+    )
+    (folder / "misconceptions.py").write_text(
+        "from checker.testing import misconception\n\n\n"
+        '@misconception("there", "You went too far.")\ndef there__too_far(x):\n    return x + 2\n\n\n'
+        '@misconception("back", "You stayed in place.")\ndef back__right_here(x):\n    return x - 1\n'
+    )
+    track = Track.load(tmp_path / "toy" / "katas")
+    kata = track.find("2")
+    source = "def there(x):\n    return x + 2\n\n\ndef back(x):\n    return x - 1\n"
+    run = warm_worker.run(
+        request.check(track, kata, {kata.slug: ("/w/day02_chain.py", source)}, seed=1), request.limits(kata)
+    )
+    found = verdict.judge(kata, run, seed=1, device="cpu")
+    assert [item["id"] for item in found.tasks[0].named] == ["there__too_far"]
+
+
+def test_a_function_may_be_mapped_by_torch_func(judged, learner):
+    source = learner("passes").replace("    return x * factor", "    return torch.vmap(lambda row: row * factor)(x)")
+    assert judged(source, only=["scale"]).outcome == verdict.PASSED
+
+
+def test_a_ban_on_one_context_manager_leaves_the_others(monkeypatch):
+    import contextlib
+
+    from checker.judge.forbidden import Ban, Guard
+
+    @contextlib.contextmanager
+    def other():
+        yield 1
+
+    space = {"other": other}
+    exec(compile("def use():\n    with other() as x:\n        return x\n", "/w/mine.py", "exec"), space)
+    guard = Guard({"/w/mine.py": "mine.py"})
+    with guard.watch(Ban(["torch.nn.utils.stateless._reparametrize_module", "torch.optim.SGD"]), "t"):
+        assert space["use"]() == 1

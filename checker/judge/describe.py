@@ -27,6 +27,11 @@ def number(value: float | int | bool | complex) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values of its own: not on the meta device, and not a stand-in inside vmap or torch.func.grad."""
+    return tensor.device.type != "meta" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def values(tensor: torch.Tensor, limit: int = 6) -> str:
     """The first elements of a tensor in brackets."""
     flat = tensor.detach().reshape(-1)
@@ -49,7 +54,7 @@ def tensor(value: torch.Tensor) -> str:
 def value(item: Any, limit: int = 60) -> str:
     """Anything in at most about `limit` characters."""
     if isinstance(item, torch.Tensor):
-        if item.numel() <= 6 and item.dim() <= 1 and item.device.type != "meta":
+        if item.numel() <= 6 and item.dim() <= 1 and readable(item):
             return f"{tensor(item)} = {values(item)}" if item.dim() else f"{tensor(item)} = {number(item.item())}"
         return tensor(item)
     if isinstance(item, torch.nn.Module):

@@ -78,11 +78,29 @@ def run(judge: Judge) -> None:
     for task, items in failing.items():
         deadline = time.monotonic() + share
         names = judge.tasks[task]["names"]
+        blamed = {name: items if len(names) == 1 else _blamed(judge, name, items) for name in names}
         candidates = [item for item in known if item.name in names]
-        named = list(_explaining(judge, candidates, items, deadline))
+        named = [found for item in candidates for found in _explaining(judge, [item], blamed[item.name], deadline)]
         if named:
             judge.send("diagnosis", task=task, named=named)
     judge.use(judge.module)
+
+
+def _blamed(judge: Judge, name: str, items: list[pytest.Item]) -> list[pytest.Item]:
+    """The failing tests that fail otherwise, or not at all, with the reference's `name` in place: those are about `name`.
+
+    Needed where a task has several names, since a test may fail because of another one of them.
+    """
+    found = []
+    for item in items:
+        original = judge.results[item.nodeid.partition("::")[2]]
+        right = getattr(judge.reference, name, None)
+        module = modules.fresh(judge.slug, judge.source, judge.path, {**judge.variant(), name: right})
+        judge.use(module)
+        failure = judge.run(item)
+        if failure is None or not failure.same_as(original):
+            found.append(item)
+    return found
 
 
 def _explaining(

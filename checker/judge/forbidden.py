@@ -63,7 +63,9 @@ class Ban:
         else:
             code = getattr(thing, "__code__", None)
         if code is not None:
-            self.codes[code] = name
+            # all functions made by contextlib.contextmanager share one code object: only their identity tells them apart
+            if code.co_filename != contextlib.__file__:
+                self.codes[code] = name
         else:
             self.builtins[id(thing)] = name
 

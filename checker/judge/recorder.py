@@ -81,11 +81,8 @@ class Solution:
 
 def _tensors(item: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(item, torch.Tensor):
-        if (
-            item.layout == torch.strided
-            and item.device.type != "meta"
-            and type(item) in (torch.Tensor, torch.nn.Parameter)
-        ):
+        plain = type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided
+        if plain and describe.readable(item):
             yield item
     elif depth < 3 and isinstance(item, (list, tuple)):
         for part in item:
