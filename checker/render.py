@@ -255,8 +255,8 @@ def provenance(used: dict[str, str]) -> str:
     """Whose code the earlier days were."""
     if all(whose == "yours" for whose in used.values()) and len(used) > 1:
         return f"{', '.join(_short(slug) for slug in sorted(used))}: all pieces are yours"
-    words = {"yours": "yours", "reference": "the reference: not passed yet"}
-    return ", ".join(f"{_short(slug)} ({words[whose]})" for slug, whose in sorted(used.items()))
+    words = {"reference": "the reference: not passed yet"}
+    return ", ".join(f"{_short(slug)} ({words.get(whose, whose)})" for slug, whose in sorted(used.items()))
 
 
 def _short(slug: str) -> str:

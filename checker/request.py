@@ -23,10 +23,12 @@ def check(
     variant: dict[str, Any] | None = None,
     trusted: bool = False,
     helpers: Mapping[str, str] | None = None,
+    lent: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Any]:
     """A request for one check of `kata`.
 
     `variant` and `trusted` (may import the references) are for `kata verify`;
+    `lent` are names of earlier days that the learner has not passed, for which the reference stands in;
     `helpers` are other files of the workspace by name, for a file that imports them. `sources` maps folder names of the track to (path, source): the day's own file, and the files of earlier days that are passed.
     """
     return {
@@ -47,6 +49,7 @@ def check(
         "variant": variant,
         "trusted": trusted,
         "helpers": dict(helpers or {}),
+        "lent": dict(lent or {}),
     }
 
 

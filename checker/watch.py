@@ -187,6 +187,8 @@ class Watch(Screenful[None]):
         self.warm = WarmChecks()
         self.door = Door(app.workspace.database.parent, self.warm)
         self.checks = Checks(app, self.warm, self.hear)
+        # kept here, because a query looks at the screen on top, which may be a page that is being read
+        self.parts = {name: Static(id=name) for name in ("headline", "tasks", "text", "notice")}
         self.only: list[str] | None = None
         self.found: Verdict | None = None
         self.states: dict[str, list[str]] = {}
@@ -198,11 +200,12 @@ class Watch(Screenful[None]):
 
     def compose(self) -> ComposeResult:
         """Headline, tasks, verdict, notice, keys."""
-        yield Static(id="headline")
-        yield Static(id="tasks")
-        with VerticalScroll(id="verdict"):
-            yield Static(id="text")
-        yield Static(id="notice")
+        for name, widget in self.parts.items():
+            if name == "text":
+                with VerticalScroll(id="verdict"):
+                    yield widget
+            else:
+                yield widget
         yield Static(KEYS, id="keys")
 
     def on_mount(self) -> None:
@@ -312,10 +315,10 @@ class Watch(Screenful[None]):
             return
         width = max(self.size.width - 2, 40)
         with contextlib.suppress(UserError):
-            self.query_one("#headline", Static).update(join(self.headline(width)))
-        self.query_one("#tasks", Static).update(join(self.task_lines(width)))
-        self.query_one("#text", Static).update(join(self.verdict_page(width - 2)))
-        notice = self.query_one("#notice", Static)
+            self.parts["headline"].update(join(self.headline(width)))
+        self.parts["tasks"].update(join(self.task_lines(width)))
+        self.parts["text"].update(join(self.verdict_page(width - 2)))
+        notice = self.parts["notice"]
         notice.update(self.notice)
         notice.display = bool(self.notice)
 
@@ -376,7 +379,7 @@ class Watch(Screenful[None]):
 
     def read(self, make: Callable[[int], render.Page]) -> None:
         """Show a page over the verdict."""
-        self.push_screen(Reader(make))
+        self.push_screen(Reader(make), lambda _: self.draw())
 
     def attempt(self, action: Callable[[], Any]) -> Any:
         """Do something that may answer with one sentence."""

@@ -117,6 +117,7 @@ class Worker:
         self.process.wait()
         Worker._alive.discard(self.process.pid)
         processes.end_descendants(os.getpid(), but=self._before | Worker._alive)
+        processes.reap_orphans(but=self._before | Worker._alive)
         self._log.close()
         self.process = self.control = None
 
@@ -143,13 +144,16 @@ class Worker:
         nonce = secrets.token_hex(16)
         scratch = tempfile.mkdtemp(prefix="kata-")
         try:
-            return _Gathering(
+            run = _Gathering(
                 self,
                 {**request, "nonce": nonce, "scratch": scratch, "limits": limits.to_json()},
                 limits,
                 on_event,
                 cancelled,
             ).run()
+            if run.ended == "worker":
+                self.close()  # whatever is left of it, and what it left
+            return run
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

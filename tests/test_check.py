@@ -126,7 +126,11 @@ def test_cold_and_warm_give_the_same_verdicts(judged, learner, toy):
     sources = [learner(name) for name in LEARNERS] + [toy.find("1").text("stub.py"), "import nothing_of_this_name\n"]
     with Worker() as cold:
         for source in sources:
-            assert facts(judged(source, worker=cold)) == facts(judged(source))
+            one, two = judged(source, worker=cold), judged(source)
+            assert one.outcome == two.outcome
+            # which of the tests of an endless loop is the first that swallows its time-out is chance
+            if one.outcome != verdict.TIMEOUT:
+                assert facts(one) == facts(two)
 
 
 def test_a_check_that_is_cancelled_ends_at_once(toy, warm_worker, learner):

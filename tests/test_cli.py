@@ -154,6 +154,17 @@ def test_built_on_the_learners_own_day(say, fetched, learner):
     assert code == 0 and "day 1 (yours)" in text
 
 
+def test_for_a_task_that_was_not_passed_with_its_day_the_reference_stands_in(say, fetched, learner):
+    fetched.write_text(learner("passes").replace("    return x / 2", "    raise NotImplementedError"))
+    code, text = say("check")
+    assert code == 0 and "stretch open" in text
+    say("next")
+    file = fetched.with_name("day02_chain.py")
+    file.write_text("from day01_scale import halve\n\n\ndef twice(x, factor):\n    return 2 * halve(x) * factor**2\n")
+    code, text = say("check")
+    assert code == 0 and "day 1 (yours, but halve of the reference)" in " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

@@ -123,9 +123,17 @@ def run(
         )
         return failed, "", started
     path = str(app.workspace.file(kata))
-    sources = {kata.slug: (path, source), **earlier(app, kata, source)}
+    before, lent = earlier(app, kata, source)
+    sources = {kata.slug: (path, source), **before}
     asked = request.check(
-        app.track, kata, sources, seed=seed, device=device, only=only, helpers=app.workspace.helpers(app.track)
+        app.track,
+        kata,
+        sources,
+        seed=seed,
+        device=device,
+        only=only,
+        helpers=app.workspace.helpers(app.track),
+        lent=lent,
     )
     ran = runner(asked, request.limits(kata, device=device))
     verdict = judge(kata, ran, seed=seed, device=device, only=only)
@@ -136,22 +144,32 @@ def run(
     return verdict, source, started
 
 
-def earlier(app: App, kata: Kata, source: str) -> dict[str, tuple[str, str]]:
+def earlier(app: App, kata: Kata, source: str) -> tuple[dict[str, tuple[str, str]], dict[str, list[str]]]:
     """The learner's own files of passed days that `source` imports, and those that these import in turn.
 
-    What is used is the code that passed: the newest passing snapshot.
+    What is used is the code that passed: the newest passing snapshot. The second value names, per day, what was not passed with
+    it (tasks beyond the core): the reference stands in for these.
     """
     slugs = set(app.track.slugs)
     found: dict[str, tuple[str, str]] = {}
+    lent: dict[str, list[str]] = {}
     with contextlib.suppress(UserError), app.store() as store:
         todo = [source]
         while todo:
             for slug in sorted(set(re.findall(r"\bday\d+_\w+", todo.pop())) & slugs - {kata.slug} - set(found)):
-                passed = store.last_passed_source(app.track.kata(slug).id)
-                if passed is not None:
-                    found[slug] = (str(app.workspace.root / f"{slug}.py"), passed[1])
-                    todo.append(passed[1])
-    return found
+                day = app.track.kata(slug)
+                passed = store.last_passed_source(day.id)
+                if passed is None:
+                    continue
+                found[slug] = (str(app.workspace.root / f"{slug}.py"), passed[1])
+                todo.append(passed[1])
+                states = next(
+                    (item.tasks for item in store.attempts(day.id) if item.passed and item.snapshot == passed[0]), {}
+                )
+                names = [name for task in day.tasks if states.get(task.name) != "passed" for name in task.names]
+                if names:
+                    lent[slug] = names
+    return found, lent
 
 
 def record(app: App, kata: Kata, verdict: Verdict, source: str, started: str, *, whole: bool) -> str:
@@ -170,7 +188,7 @@ def record(app: App, kata: Kata, verdict: Verdict, source: str, started: str, *,
         device=verdict.device,
         versions=verdict.versions,
         snapshot=source_sha(source),
-        provenance={app.track.kata(slug).id: whose for slug, whose in verdict.provenance.items()},
+        provenance={app.track.kata(slug).id: whose.partition(",")[0] for slug, whose in verdict.provenance.items()},
     )
     try:
         with app.store() as store:

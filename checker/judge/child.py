@@ -107,6 +107,7 @@ def _check(request: dict[str, Any], events: int, trace: int) -> None:
         {slug: (file["path"], file["source"]) for slug, file in request["sources"].items()},
         Path(request["reference"]),
         request["days"],
+        request.get("lent"),
     )
     sources.install()
 

@@ -148,7 +148,7 @@ def from_exception(
         kind, line = "forbidden", error.line
     elif isinstance(error, Mismatch):
         kind, message, lines, actual = "mismatch", error.because, error.lines, error.actual
-    elif isinstance(error, NotImplementedError) and frames and frames[-1].filename in learner:
+    elif isinstance(error, NotImplementedError) and _raised_by(frames, learner):
         kind, message = "open", f"{mine[-1].name} is not written yet"
     elif isinstance(error, (MissingName, WrongSignature)):
         kind = "missing" if isinstance(error, MissingName) else "signature"
@@ -172,6 +172,11 @@ def from_exception(
     elif not mine and not _from_call(frames, spec):
         kind = "fault"
     return Failure(kind, message, lines, line, shown, place, actual, "" if kind == "mismatch" else name)
+
+
+def _raised_by(frames: traceback.StackSummary, learner: dict[str, str]) -> bool:
+    """Whether the error comes from a `raise` in the learner's file, and not from an operation that torch does not have."""
+    return bool(frames) and frames[-1].filename in learner and (frames[-1].line or "").strip().startswith("raise")
 
 
 def _from_call(frames: traceback.StackSummary, spec: str) -> bool:

@@ -7,6 +7,7 @@ A name of the track resolves to the learner's own file where the parent sent one
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -22,10 +23,18 @@ class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds and loads the modules of a track; `used` says for each day that was imported whose code it is.
 
     `learner` maps folder names to (path, source) of the learner's files, `days` are the folder names of the track.
+    `lent` names, per day, what the learner has not passed there (tasks beyond the core): the reference stands in for these.
     """
 
-    def __init__(self, learner: Mapping[str, tuple[str, str]], reference: Path, days: list[str]) -> None:
+    def __init__(
+        self,
+        learner: Mapping[str, tuple[str, str]],
+        reference: Path,
+        days: list[str],
+        lent: Mapping[str, list[str]] | None = None,
+    ) -> None:
         self.learner, self.reference, self.days = dict(learner), reference, set(days)
+        self.lent = dict(lent or {})
         self.used: dict[str, str] = {}
 
     def install(self) -> None:
@@ -69,6 +78,11 @@ class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         name, path = module.__name__, module.__spec__.origin
         source = self.learner[name][1] if name in self.learner else Path(path).read_text(encoding="utf-8")
         execute(module, source, path)
+        if name in self.learner and self.lent.get(name):
+            reference = importlib.import_module(f"reference.{name}")
+            for lent in self.lent[name]:
+                setattr(module, lent, getattr(reference, lent))
+            self.used[name] = f"yours, but {', '.join(self.lent[name])} of the reference"
 
 
 def execute(module: ModuleType, source: str, path: str) -> None:

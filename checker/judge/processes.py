@@ -84,6 +84,11 @@ def end_descendants(pid: int, but: Iterable[int] = (), patience: float = 5.0) ->
     return rounds
 
 
+def reap_orphans(but: Iterable[int]) -> None:
+    """Collect ended children that came to this process because their own parent ended; `but` are left to their owners."""
+    _reap_only([pid for pid in children(os.getpid()) if pid not in set(but) and _is_zombie(pid)])
+
+
 def _reap_only(pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -126,5 +126,5 @@ def strangers(before: set[int]) -> list[str]:
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if "checker.judge" not in command or "warm" not in command:
-                found.append(command)
+                found.append(command or Path(f"/proc/{pid}/stat").read_text())
     return found
