@@ -387,7 +387,17 @@ def sequence_mask__on_its_side(lengths, max_len=None):
     "You made the places on the default device. Where the mask lives is decided by lengths.",
 )
 def sequence_mask__default_device(lengths, max_len=None):
-    return torch.arange(_width(lengths, max_len)) < lengths[:, None]
+    if max_len is None:
+        max_len = max(lengths.tolist(), default=0)
+    return torch.arange(max_len) < lengths[:, None]
+
+
+@misconception(
+    "sequence_mask",
+    "An empty batch has no largest length: max of nothing raises. Decide what the width is then: 0.",
+)
+def sequence_mask__empty_batch(lengths, max_len=None):
+    return torch.arange(_width(lengths, max_len), device=lengths.device) < lengths[:, None]
 
 
 # split_heads
@@ -556,6 +566,15 @@ def gather_last__masked_sum(x, lengths):
 )
 def gather_last__detached(x, lengths):
     return x.detach()[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+@misconception(
+    "gather_last",
+    "Right for lengths that fit, but others are left to the indexing: a single length is broadcast, and every sequence "
+    "is read at the same place without a word. Compare the shapes before you index.",
+)
+def gather_last__unchecked(x, lengths):
+    return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
 # pad_stack

@@ -1,7 +1,8 @@
 """Day 1: what the tasks promise.
 
-Most tests of an edge (empty, other dtype, other device) look at a plain case first. So a solution that is wrong in
-the plain case fails there in all of them, and its mistake can be named whatever it does at the edges.
+Tests of an edge (empty, other device, shapes that do not fit) look at the plain cases first. So a solution with a
+mistake in them fails there in all of these tests, and the mistake is named for what it is, whatever happens at the
+edges; and one whose only flaw is an edge is not taken for one with a mistake.
 """
 
 import contextlib
@@ -164,6 +165,13 @@ def some_rows(n, randperm):
     return keep
 
 
+def plain_rows(solution, randn, randperm):
+    x, keep = randn(4, 4), some_rows(4, randperm)
+    x[~keep] = float("nan")
+    expected = rows_zeroed(x, keep)
+    assert_equal(solution.zero_rows(x, keep), expected, because="rows with keep == False are zero, the others as in x")
+
+
 @task("zero_rows")
 def test_zero_rows_keeps_some_rows_and_zeroes_the_others(solution, randn, randperm):
     x, keep = randn(5, 3), some_rows(5, randperm)
@@ -183,6 +191,7 @@ def test_zero_rows_means_rows_even_in_a_square(solution, randn, randperm):
 def test_zero_rows_wipes_nan_and_infinity(solution, randn, randperm, poison):
     x, keep = randn(5, 3), some_rows(5, randperm)
     x[~keep] = poison
+    x[:, 1] = poison
     expected = rows_zeroed(x, keep)
     assert_equal(
         solution.zero_rows(x, keep),
@@ -229,13 +238,15 @@ def test_zero_rows_returns_memory_of_its_own(solution, randn, randperm):
 
 @task("zero_rows")
 @pytest.mark.parametrize("length", [1, 3, 6])
-def test_zero_rows_refuses_a_mask_of_another_length(solution, randn, length):
+def test_zero_rows_refuses_a_mask_of_another_length(solution, randn, randperm, length):
+    plain_rows(solution, randn, randperm)
     keep = torch.ones(length, dtype=torch.bool)
     assert_raises(ValueError, solution.zero_rows, randn(5, 3), keep, mentions=["(5, 3)", f"({length},)"])
 
 
 @task("zero_rows")
-def test_zero_rows_refuses_a_mask_with_two_axes(solution, randn):
+def test_zero_rows_refuses_a_mask_with_two_axes(solution, randn, randperm):
+    plain_rows(solution, randn, randperm)
     x = randn(5, 3)
     keep = torch.ones(5, 1, dtype=torch.bool, device=x.device)
     assert_raises(ValueError, solution.zero_rows, x, keep, mentions=["(5, 3)", "(5, 1)"])
@@ -254,6 +265,17 @@ def summed(weights, rows):
     for weight, row in zip(weights.cpu().double().numpy(), rows.cpu().double().numpy(), strict=True):
         total += weight * row
     return torch.from_numpy(total).to(rows.dtype)
+
+
+def plain_sum(solution, randint):
+    for weights, rows in (
+        (eighths(randint, 4), eighths(randint, 4, 4)),
+        (randint(1, 5, (4,)), eighths(randint, 4, 4)),
+        (randint(1, 5, (4,)).float(), randint(1, 5, (4, 4)).half()),
+    ):
+        expected = summed(weights, rows)
+        result = solution.weighted_sum(weights, rows)
+        assert_close(result, expected, because="the sum over n of weights[n] * rows[n], in the dtype of rows")
 
 
 @task("weighted_sum")
@@ -304,14 +326,16 @@ def test_weighted_sum_keeps_the_precision_of_the_rows(solution, randn, device):
 
 
 @task("weighted_sum")
-def test_weighted_sum_of_nothing_is_zero(solution, randn):
+def test_weighted_sum_of_nothing_is_zero(solution, randint, randn):
+    plain_sum(solution, randint)
     result = solution.weighted_sum(randn(0), randn(0, 3))
     assert_close(result, torch.zeros(3), because="N = 0 adds nothing")
 
 
 @task("weighted_sum")
 @pytest.mark.parametrize("shape", [(3,), (1,), (5, 1), (1, 5), (2, 5), ()])
-def test_weighted_sum_refuses_weights_that_do_not_fit(solution, randn, shape):
+def test_weighted_sum_refuses_weights_that_do_not_fit(solution, randint, randn, shape):
+    plain_sum(solution, randint)
     mention = str(shape)
     assert_raises(ValueError, solution.weighted_sum, randn(*shape), randn(5, 3), mentions=["(5, 3)", mention])
 
@@ -405,6 +429,12 @@ def check_width(solution, lengths, max_len):
     assert_equal(result, expected, because=f"T is what was asked for: max_len={max_len}")
 
 
+def all_widths(solution, device):
+    plain_mask(solution, device)
+    for max_len in (4, 1, 0):
+        check_width(solution, torch.tensor([3, 2], device=device), max_len)
+
+
 @task("sequence_mask")
 @pytest.mark.parametrize("max_len", [6, 9])
 def test_sequence_mask_can_be_wider_than_the_longest(solution, randperm, max_len):
@@ -421,7 +451,8 @@ def test_sequence_mask_can_be_narrower_than_the_longest(solution, randperm, max_
 
 
 @task("sequence_mask")
-def test_sequence_mask_can_have_width_zero(solution, randperm):
+def test_sequence_mask_can_have_width_zero(solution, device, randperm):
+    plain_mask(solution, device)
     lengths = randperm(3) + 2
     check_width(solution, lengths, 1)
     result = solution.sequence_mask(lengths, max_len=0)
@@ -437,8 +468,7 @@ def test_sequence_mask_of_empty_sequences_only(solution, device):
 
 @task("sequence_mask")
 def test_sequence_mask_of_an_empty_batch(solution, device):
-    plain_mask(solution, device)
-    check_width(solution, torch.tensor([3, 2], device=device), 1)
+    all_widths(solution, device)
     lengths = torch.zeros(0, dtype=torch.int64, device=device)
     result = solution.sequence_mask(lengths, 4)
     assert_equal((result.dtype, tuple(result.shape)), (torch.bool, (0, 4)), because="B = 0 with max_len=4")
@@ -448,9 +478,7 @@ def test_sequence_mask_of_an_empty_batch(solution, device):
 
 @task("sequence_mask")
 def test_sequence_mask_lives_where_the_lengths_live(solution, device):
-    plain_mask(solution, device)
-    for max_len in (4, 1):
-        check_width(solution, torch.tensor([3, 2], device=device), max_len)
+    all_widths(solution, device)
 
     def call(where):
         return facts(solution.sequence_mask(torch.ones(3, dtype=torch.int64, device=where), 4))
@@ -536,9 +564,17 @@ def test_split_heads_of_an_empty_tensor(solution, randn, shape):
     assert_equal(tuple(result.shape), expected, because="a size of 0 is a size like any other")
 
 
+def plain_split(solution, randn):
+    for shape in ((3, 4, 12), (2, 5, 4, 12)):
+        x = randn(*shape)
+        result = check_split(solution, x, 3)
+        assert_that(same_storage(result, x), "the heads must lie in the memory of x", value="not the memory of x")
+
+
 @task("split_heads")
 @pytest.mark.parametrize("n_heads", [4, 12])
 def test_split_heads_refuses_a_width_that_does_not_divide(solution, randn, n_heads):
+    plain_split(solution, randn)
     x = randn(2, 4, 6)
     assert_raises(ValueError, solution.split_heads, x, n_heads, mentions=["(2, 4, 6)", str(n_heads)])
 
@@ -546,6 +582,7 @@ def test_split_heads_refuses_a_width_that_does_not_divide(solution, randn, n_hea
 @task("split_heads")
 @pytest.mark.parametrize("n_heads", [0, -1, -3])
 def test_split_heads_refuses_less_than_one_head(solution, randn, n_heads):
+    plain_split(solution, randn)
     x = randn(2, 4, 6)
     assert_raises(ValueError, solution.split_heads, x, n_heads, mentions=["(2, 4, 6)", str(n_heads)])
 
@@ -639,6 +676,15 @@ def looped_last(x, lengths):
 LAST = "out[b] is x[b, lengths[b] - 1]"
 
 
+def plain_last(solution, randn, randperm):
+    x, lengths = randn(4, 6, 3), randperm(4) + 2
+    x[:, 0] = float("nan")
+    expected = looped_last(x, lengths)
+    result = solution.gather_last(x.requires_grad_(), lengths)
+    assert_equal(result, expected.detach(), because=LAST)
+    assert_that(result.requires_grad, "the gradient must find its way back to x", value="no gradient")
+
+
 @task("gather_last")
 def test_gather_last_takes_the_last_valid_row(solution, randn, randperm):
     x, lengths = randn(4, 6, 3), randperm(4) + 1
@@ -713,7 +759,8 @@ def test_gather_last_of_an_empty_batch(solution, randn, randint):
 
 @task("gather_last")
 @pytest.mark.parametrize("shape", [(1,), (3,), (6,), (4, 1), (4, 6), ()])
-def test_gather_last_refuses_lengths_that_do_not_fit(solution, randn, randint, shape):
+def test_gather_last_refuses_lengths_that_do_not_fit(solution, randn, randint, randperm, shape):
+    plain_last(solution, randn, randperm)
     lengths = randint(1, 3, shape)
     assert_raises(
         ValueError, solution.gather_last, randn(4, 6, 3), lengths, mentions=["(4, 6, 3)", str(shape)],
@@ -733,6 +780,15 @@ def plain_stack(solution, randn):
     seqs = [randn(2, 3), randn(5, 3), randn(1, 3)]
     expected = padded(seqs, 0)
     assert_close(solution.pad_stack(seqs), expected, because="each sequence, then zeros; and how long each is")
+
+
+def sound_stack(solution, randn, randint):
+    plain_stack(solution, randn)
+    seqs = [randint(0, 9, (length, 40)) for length in (2, 50, 1)]
+    expected = padded(seqs, -1)
+    assert_close(solution.pad_stack(seqs, -1), expected, because="filled up with -1, in the dtype of the sequences")
+    once = 3 * 50 * 40 * 8 + 500
+    assert_cost(solution.pad_stack, seqs, -1, max_new_bytes=once, because="one allocation of the stack's size")
 
 
 @task("pad_stack")
@@ -797,8 +853,8 @@ def test_pad_stack_returns_memory_of_its_own(solution, randn):
 
 
 @task("pad_stack")
-def test_pad_stack_lives_where_the_sequences_live(solution, device, randn):
-    plain_stack(solution, randn)
+def test_pad_stack_lives_where_the_sequences_live(solution, device, randn, randint):
+    sound_stack(solution, randn, randint)
 
     def call(where):
         stack, lengths = solution.pad_stack([torch.ones(2, 3, device=where), torch.ones(4, 3, device=where)])
@@ -822,13 +878,15 @@ def test_pad_stack_allocates_only_the_stack(solution, randn, randperm):
 
 
 @task("pad_stack")
-def test_pad_stack_refuses_an_empty_list(solution):
+def test_pad_stack_refuses_an_empty_list(solution, randn, randint):
+    sound_stack(solution, randn, randint)
     assert_raises(ValueError, solution.pad_stack, [], because="without a sequence there is no dtype and no shape")
 
 
 @task("pad_stack")
 @pytest.mark.parametrize("other", [(2, 4), (2, 1), (2,), (2, 3, 1)])
-def test_pad_stack_refuses_trailing_axes_that_differ(solution, randn, other):
+def test_pad_stack_refuses_trailing_axes_that_differ(solution, randn, other, randint):
+    sound_stack(solution, randn, randint)
     seqs = [randn(5, 3), randn(1, 3), randn(*other)]
     assert_raises(ValueError, solution.pad_stack, seqs, mentions=["3)", str(other)])
 
@@ -934,6 +992,7 @@ def test_sliding_windows_show_a_write_into_x(solution, randn):
 
 @task("sliding_windows")
 def test_sliding_windows_copy_not_a_byte(solution, randn):
+    plain_windows(solution, randn)
     x = randn(2, 50, 3)
     expected = windows(x, 16)
     result = assert_cost(solution.sliding_windows, x, 16, max_new_bytes=0, because="windows share the memory of x")
@@ -953,6 +1012,9 @@ def test_sliding_windows_let_gradients_through(solution, randn):
 @task("sliding_windows")
 @pytest.mark.parametrize("size, step", [(0, 1), (-1, 1), (-4, 2), (4, 0), (4, -1)])
 def test_sliding_windows_refuse_sizes_and_steps_below_one(solution, randn, size, step):
+    plain_windows(solution, randn)
+    result = solution.sliding_windows(randn(2, 3), 5)
+    assert_equal(tuple(result.shape), (2, 0, 5), because="no whole window fits: N = 0")
     assert_raises(ValueError, solution.sliding_windows, randn(2, 7, 3), size, step)
 
 
