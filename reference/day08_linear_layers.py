@@ -93,9 +93,7 @@ def kaiming_normal_(
         return w.normal_(0.0, GAINS[nonlinearity] / math.sqrt(fans[mode]), generator=generator)
 
 
-def trunc_normal_(
-    w: Tensor, std: float, bound: float = 2.0, generator: torch.Generator | None = None
-) -> Tensor:  # fmt: skip
+def trunc_normal_(w: Tensor, std: float, bound: float = 2.0, generator: torch.Generator | None = None) -> Tensor:
     """Fill w from N(0, std^2) given that nothing lies beyond bound * std, by the inverse of its distribution."""
     edge = math.erf(bound / math.sqrt(2.0))  # the probability of what is kept
     limit = bound * std
@@ -123,9 +121,7 @@ def forward_variance(
 class LowRankLinear(nn.Module):
     """A layer whose weight is the product of `up` (out, rank) and `down` (rank, in), which is never formed."""
 
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, *, device=None, dtype=None
-    ):  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, *, device=None, dtype=None):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank ({rank}) must be at least 1")

@@ -13,18 +13,16 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from checker.judge import processes
 
 
-def preload(*, warm: bool) -> None:
-    """Import what a check needs; a warm worker also imports what torch loads late, so that no check pays for it.
-
-    Nothing here may start a thread or touch a device: every fork would inherit a broken one.
-    """
+def preload() -> None:
+    """Import what every check needs. Nothing here may start a thread or touch a device: each fork would inherit a broken one."""
     import numpy  # noqa: F401
-    import pytest
+    import pytest  # noqa: F401
     import torch
 
     import checker.judge.child
@@ -32,23 +30,40 @@ def preload(*, warm: bool) -> None:
     import checker.testing  # noqa: F401
 
     torch.set_num_threads(1)
-    if not warm:
-        return
-    import gc
 
-    import torch._dynamo
-    import torch.nn.utils
-    import torch.optim
-    import torch.testing
-    import torch.utils.data
-    import torch.utils.flop_counter  # noqa: F401
 
-    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
-    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        pytest.main(["--version", "-c", os.devnull])
-    gc.collect()
-    gc.freeze()
+def warming() -> list[Callable[[], None]]:
+    """What a warm worker does while nobody asks: it imports what torch loads late, step by step, so that no check pays for it.
+
+    The first check does not wait for any of it, so a warm worker's first verdict comes when a cold one would have come.
+    """
+
+    def compiler() -> None:
+        import torch._dynamo  # noqa: F401
+
+    def libraries() -> None:
+        import torch.nn.utils
+        import torch.optim
+        import torch.testing
+        import torch.utils.data
+        import torch.utils.flop_counter  # noqa: F401
+
+        torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    def session() -> None:
+        import pytest
+
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            pytest.main(["--version", "-c", os.devnull])
+
+    def freeze() -> None:
+        import gc
+
+        gc.collect()
+        gc.freeze()
+
+    return [compiler, libraries, session, freeze]
 
 
 class Server:
@@ -57,15 +72,21 @@ class Server:
     def __init__(self, control: socket.socket) -> None:
         self.control, self.buffer, self.fds = control, b"", []
 
-    def serve(self) -> None:
-        """The loop: receive, fork, wait, end the tree, answer."""
+    def serve(self, later: list[Callable[[], None]]) -> None:
+        """The loop: receive, fork, wait, end the tree, answer; in idle moments do one thing of `later`."""
         while True:
+            while later and not self.asked():
+                later.pop(0)()
             message = self.receive()
             if message is None:
                 processes.end_descendants(os.getpid())
                 return
             if "request" in message:
                 self.check(message["request"])
+
+    def asked(self) -> bool:
+        """Whether a message waits."""
+        return b"\n" in self.buffer or bool(select.select([self.control], [], [], 0)[0])
 
     def receive(self) -> dict[str, Any] | None:
         """The next message with its descriptors in self.fds; None at the end."""
@@ -110,7 +131,9 @@ class Server:
     def wait(self, pid: int) -> tuple[int | None, str]:
         """Wait for the fork; kill it when the other end says so or goes away. Returns (wait status, why it was killed)."""
         why = ""
-        finished = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+        finished = None
+        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or not Linux
+            finished = os.pidfd_open(pid)
         watched: list[Any] = [self.control] + ([finished] if finished is not None else [])
         while True:
             ready, _, _ = select.select(watched, [], [], 0.05 if finished is None else 1.0)
@@ -148,9 +171,9 @@ def main() -> None:
     processes.adopt_orphans()
     control = socket.socket(fileno=int(sys.argv[1]))
     server = Server(control)
-    preload(warm=warm)
+    preload()
     server.answer({"ready": {"threads": processes.threads(), "pid": os.getpid()}})
-    server.serve()
+    server.serve(warming() if warm else [])
 
 
 main()

@@ -6,6 +6,7 @@ Two runs with equal signatures failed in the same way, which is how a known wron
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ def same_value(one: Any, two: Any) -> bool:
     if isinstance(one, list) and isinstance(two, list):
         return len(one) == len(two) and all(same_value(a, b) for a, b in zip(one, two, strict=True))
     if isinstance(one, float) and isinstance(two, float):
-        return (one != one and two != two) or one == two or abs(one - two) <= 1e-6 * max(abs(one), abs(two))
+        return (one != one and two != two) or math.isclose(one, two, rel_tol=1e-6)
     if type(one) is not type(two):
         return False
     try:

@@ -84,6 +84,13 @@ def test_as_many_rows_as_outputs(solution, randn):
 
 
 @task("linear")
+def test_half_precision_stays_half_precision(solution, randn):
+    x, w, b = (randn(*shape).bfloat16() for shape in [(5, 4), (3, 4), (3,)])
+    expected = like(array(x) @ array(w).T + array(b), x)
+    assert_close(solution.linear(x, w, b), expected, rtol=2e-2, atol=1e-1, because="bfloat16 in, bfloat16 out")
+
+
+@task("linear")
 def test_a_noncontiguous_weight_and_input(solution, randn, dtype):
     x, w = noncontiguous(randn(2, 5, 4, dtype=dtype)), randn(4, 3, dtype=dtype).T
     expected = like(array(x) @ array(w).T, x)

@@ -114,9 +114,7 @@ class LowRankLinear(nn.Module):
     `rank` is kept as an attribute; below 1 it raises ValueError with the rank in the message.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, *, device=None, dtype=None
-    ):  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, *, device=None, dtype=None):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
