@@ -91,14 +91,13 @@ def clip__by_value(params, max_norm):
 
 @misconception(
     "clip_grad_norm_",
-    "A gradient that was short enough has been stretched to the limit. The limit works in one direction only: below it nothing may change.",
+    "A gradient that was short enough has been stretched to the limit. The limit works in one direction only: below it nothing may change, and a gradient of zeros has no length to divide by.",
 )
 def clip__always_scaled(params, max_norm):
     grads = _grads(params)
     total = _norm(grads)
     for grad in grads:
-        if total > 0:
-            grad.mul_(max_norm / total)
+        grad.mul_(max_norm / total)
     return total
 
 
@@ -193,22 +192,6 @@ def clip__half_overflow(params, max_norm):
         for grad in grads:
             grad.mul_(max_norm / total)
     return total.float() if total.dtype == torch.float16 else total
-
-
-@misconception(
-    "clip_grad_norm_",
-    "A gradient of zeros became NaN: the factor is the limit divided by the norm, and the norm is 0 here. Decide first whether there is anything to scale.",
-)
-def clip__zero_over_zero(params, max_norm):
-    grads = _grads(params)
-    total = _norm(grads)
-    for grad in grads:
-        grad.div_(total)
-        if total > max_norm:
-            grad.mul_(max_norm)
-        else:
-            grad.mul_(total)
-    return total
 
 
 # train_step
@@ -736,7 +719,9 @@ def fit__alias(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, s
     "fit",
     "The weights are those of the best epoch and the buffers are not: running statistics of one epoch under the weights of another. A state_dict has both, parameters() has not.",
 )
-def fit__parameters_only(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
+def fit__parameters_only(
+    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
+):
     history = History()
     start = copy.deepcopy(model.state_dict())
     best, kept = math.inf, None
@@ -763,7 +748,9 @@ def fit__parameters_only(model, train_loader, val_loader, loss_fn, optimizer, *,
     "fit",
     "Training ran one epoch longer than patience allows: with patience p it ends when p epochs in a row have not improved, not when one more has.",
 )
-def fit__one_epoch_more(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
+def fit__one_epoch_more(
+    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
+):
     return _fit(
         model,
         train_loader,
@@ -828,7 +815,9 @@ def fit__compared_with_the_last(
     "fit",
     "An epoch that only equals the best was taken for an improvement: the best is the first of its kind, and a loss that stands still uses up patience.",
 )
-def fit__ties_improve(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
+def fit__ties_improve(
+    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
+):
     return _fit(
         model, train_loader, val_loader, loss_fn, optimizer, epochs, scheduler, patience,
         beats=lambda loss, best: loss <= best and loss < math.inf,
@@ -839,7 +828,9 @@ def fit__ties_improve(model, train_loader, val_loader, loss_fn, optimizer, *, ep
     "fit",
     "NaN was taken for an improvement: the test asks whether the loss is not above the best, and every comparison with NaN is false. Ask whether it is below.",
 )
-def fit__nan_improves(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
+def fit__nan_improves(
+    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
+):
     return _fit(
         model, train_loader, val_loader, loss_fn, optimizer, epochs, scheduler, patience,
         beats=lambda loss, best: not loss >= best,
@@ -850,7 +841,9 @@ def fit__nan_improves(model, train_loader, val_loader, loss_fn, optimizer, *, ep
     "fit",
     "The scheduler stepped before the optimizer did, so that the first epoch was trained with the second learning rate. The rate that you chose was never used.",
 )
-def fit__scheduler_first(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
+def fit__scheduler_first(
+    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
+):
     history = History()
     best, state = math.inf, copy.deepcopy(model.state_dict())
     for epoch in range(epochs):

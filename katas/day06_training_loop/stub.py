@@ -67,9 +67,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all examples of a loader, under the key "loss".
 
-    Every example counts the same, also where batches have different sizes. `loss_fn` may return a dict of scalar tensors instead, each the mean of the batch:
-    then the result has the same keys. All results are Python floats. The loader is gone through once, so that
-    a generator will do; one without batches raises ValueError.
+    Every example counts the same, also where batches have different sizes. `loss_fn` may return a dict of
+    scalar tensors instead, each the mean of the batch: then the result has the same keys. All results are
+    Python floats. The loader is gone through once, so that a generator will do; one without batches raises
+    ValueError.
 
     The model is measured in eval mode, all submodules included, and without recording a graph: nothing is
     saved for a backward pass. Afterwards, also when the model or `loss_fn` raises (the exception is passed
