@@ -50,7 +50,7 @@ def cross_entropy(
     - A kept target below 0 or from V on raises IndexError. ValueError, with both shapes: target.shape must be
       logits.shape[:-1]; weight.shape must be (V,), with the shape of the logits as the other one.
     - Exact for logits of +-1e4, and for classes with logit -inf as long as nothing is smoothed.
-    - Cost: for logits with N rows, at most 3 * N * V * itemsize bytes of new memory at any time.
+    - Cost: for logits with N rows and no smoothing, at most 3 * N * V * itemsize bytes of new memory at any time.
     """
     raise NotImplementedError
 
