@@ -86,7 +86,16 @@ def end_descendants(pid: int, but: Iterable[int] = (), patience: float = 5.0) ->
 
 def reap_orphans(but: Iterable[int]) -> None:
     """Collect ended children that came to this process because their own parent ended; `but` are left to their owners."""
-    _reap_only([pid for pid in children(os.getpid()) if pid not in set(but) and _is_zombie(pid)])
+    for pid in [pid for pid in children(os.getpid()) if pid not in set(but) and _is_zombie(pid)]:
+        deadline = time.monotonic() + 2.0
+        # a process looks like a zombie when its first thread has ended, but can be collected only when all have
+        while time.monotonic() < deadline:
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    break
+            except ChildProcessError:
+                break
+            time.sleep(0.002)
 
 
 def _reap_only(pids: list[int]) -> None:
