@@ -306,3 +306,22 @@ def test_ctrl_c_ends_a_check_with_130_and_leaves_nothing(fetched, learner):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert below and not [pid for pid in below if Path(f"/proc/{pid}").exists() and not processes._is_zombie(pid)]
+
+
+def test_a_place_that_cannot_be_a_workspace_or_be_written(say, home, fetched, monkeypatch):
+    (home / "file").write_text("x")
+    code, text = say("init", "file/inner")
+    assert code == 2 and "cannot be made a workspace" in text
+    real = os.replace
+
+    def full(source, target, **options):
+        if str(target).endswith("day01_scale.py"):
+            raise OSError(28, "No space left on device")
+        return real(source, target, **options)
+
+    fetched.write_text("# mine\n")
+    monkeypatch.setattr(os, "replace", full)
+    code, text = say("reset", "1")
+    assert code == 1 and "No space left on device" in text and "nothing was changed" in text
+    assert fetched.read_text() == "# mine\n"
+    assert sorted(file.name for file in fetched.parent.iterdir()) == [".kata", "day01_scale.py"]
