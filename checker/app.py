@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +87,8 @@ def _ours(name: str) -> bool:
 
 def intruders() -> dict[str, list[str]]:
     """Our top-level names that another distribution claims, too. Slow: for `kata doctor`."""
+    import importlib.metadata
+
     owners = importlib.metadata.packages_distributions()
     names = ("katas", "reference", "checker", "progress")
     return {name: [owner for owner in owners.get(name, []) if owner != "torch-katas"] for name in names}

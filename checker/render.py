@@ -7,12 +7,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from checker.verdict import CRASH, ERROR, FAILED, FAULT, LIMIT, NOT_RUN, PASSED, TAMPERED, TIMEOUT, TaskResult, Verdict
+from checker.outcomes import CRASH, ERROR, FAILED, FAULT, LIMIT, NOT_RUN, PASSED, TAMPERED, TIMEOUT
+
+if TYPE_CHECKING:
+    from checker.verdict import TaskResult, Verdict
 
 STYLES = {
     "ok": "green", "open": "yellow", "FAILED": "bold red", "refused": "bold red", "TIME-OUT": "bold red", "LIMIT": "bold red", "not run": "dim",

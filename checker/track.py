@@ -5,7 +5,6 @@ Nothing here looks at what a command does not ask for: a kata.toml is read when 
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -254,6 +253,8 @@ def _read(file: Path) -> str:
 
 
 def _nearest(word: str, words: list[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -9,15 +9,10 @@ import re
 import signal
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from xml.etree import ElementTree
 
+from checker.outcomes import CANCELLED, CRASH, ERROR, FAILED, FAULT, LIMIT, NOT_RUN, PASSED, TAMPERED, TIMEOUT
 from checker.run import Run
 from checker.track import Kata, Task
-
-# Outcomes of a check. Only PASSED passes; FAULT is never charged to the learner.
-PASSED, FAILED, ERROR, TIMEOUT, CRASH, LIMIT, TAMPERED, NOT_RUN, FAULT, CANCELLED = (
-    "passed", "failed", "error", "timeout", "crash", "limit", "tampered", "not run", "fault", "cancelled",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,8 @@ class Verdict:
 
 def to_junit(verdicts: list[Verdict]) -> str:
     """JUnit XML: a test suite per kata, a test case per test."""
+    from xml.etree import ElementTree
+
     root = ElementTree.Element("testsuites", name="torch-katas")
     for verdict in verdicts:
         tests = [(task, test) for task in verdict.tasks for test in task.tests]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +149,8 @@ def read_source(file: Path) -> str:
 
 def write_whole(file: Path, text: str) -> None:
     """Write through a temporary file in the same folder, so that a crash or a full disk leaves the old file as it was."""
+    import tempfile
+
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:
