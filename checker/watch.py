@@ -472,7 +472,8 @@ def watch(app: App, day: str | None, *, polling: bool) -> None:
     if day:
         open_workspace(app)
         kata = app.track.find(day)
-        fetch(app, kata)
+        with app.store() as store:
+            fetch(app, kata, store)
     else:
         kata = under_way(app)
     Watch(app, kata, polling=polling).run()

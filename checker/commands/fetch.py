@@ -9,6 +9,7 @@ from checker.app import App
 from checker.errors import UserError
 from checker.track import Kata
 from checker.workspace import Workspace
+from progress import Store
 
 ALL_PASSED = "All days are passed. `kata status` shows them; `kata start DAY` goes back to one."
 
@@ -16,18 +17,22 @@ ALL_PASSED = "All days are passed. `kata status` shows them; `kata start DAY` go
 def next_(app: App) -> None:
     """Fetch the first day that is not passed yet; show its lesson and where to write."""
     made = open_workspace(app)
-    kata = _following(app)
+    with app.store() as store:
+        kata = _following(app, store)
+        new = kata is not None and fetch(app, kata, store)
     if kata is None:
         render.say(render.console(), ALL_PASSED)
     else:
-        _show(app, kata, made, fetch(app, kata))
+        _show(app, kata, made, new)
 
 
 def start(app: App, day: str) -> None:
     """Fetch a day by name; show its lesson and where to write."""
     kata = app.track.find(day)
     made = open_workspace(app)
-    _show(app, kata, made, fetch(app, kata))
+    with app.store() as store:
+        new = fetch(app, kata, store)
+    _show(app, kata, made, new)
 
 
 def init(app: App, folder: str) -> None:
@@ -46,7 +51,7 @@ def open_workspace(app: App) -> bool:
     return found is None
 
 
-def fetch(app: App, kata: Kata) -> bool:
+def fetch(app: App, kata: Kata, store: Store) -> bool:
     """Put the stub into the workspace, unless the day's file is there; True if it was not."""
     workspace = app.workspace
     new = not workspace.fetched(kata)
@@ -55,7 +60,7 @@ def fetch(app: App, kata: Kata) -> bool:
         workspace.write(kata, stub)
     else:
         workspace.read(kata)
-    with app.store() as store:
+    with store.transaction():
         if new:
             store.add_snapshot(kata.id, stub, "fetch")
         store.mark_started(kata.id)
@@ -64,10 +69,11 @@ def fetch(app: App, kata: Kata) -> bool:
 
 def fetch_next(app: App) -> Kata:
     """Fetch the first day that is not passed; raises UserError if there is none."""
-    kata = _following(app)
-    if kata is None:
-        raise UserError(ALL_PASSED)
-    fetch(app, kata)
+    with app.store() as store:
+        kata = _following(app, store)
+        if kata is None:
+            raise UserError(ALL_PASSED)
+        fetch(app, kata, store)
     return kata
 
 
@@ -78,11 +84,10 @@ def under_way(app: App) -> Kata:
     return app.track.kata(slug) if slug else fetch_next(app)
 
 
-def _following(app: App) -> Kata | None:
+def _following(app: App, store: Store) -> Kata | None:
     if not app.track.slugs:
         raise UserError(f"The track {app.track.folder} has no katas yet; add one with `kata new`.")
-    with app.store() as store:
-        passed = store.passed_katas()
+    passed = store.passed_katas()
     return next((kata for kata in app.track if kata.id not in passed), None)
 
 
