@@ -61,9 +61,8 @@ def attention_grads(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients (dq, dk, dv) of (dout * out).sum(), with out and weights from `attention`."""
-    _check_shapes(q, k, v)
     *lead, Tq, D = q.shape
-    *_, Tk, Dv = v.shape
+    Tk, Dv = k.shape[-2], v.shape[-1]
     if dout.shape != (*lead, Tq, Dv):
         raise ValueError(f"dout {tuple(dout.shape)} has not the shape of the output {(*lead, Tq, Dv)}")
     if weights.shape != (*lead, Tq, Tk):
@@ -89,12 +88,12 @@ def logit_spread(d: int, n: int, scale: float | None, *, generator: torch.Genera
     """Return (std, entropy) of the scores of n random queries and n random keys of width d."""
     if scale is None:
         scale = d**-0.5
-    q = torch.randn(n, d, generator=generator, device=generator.device)
-    k = torch.randn(n, d, generator=generator, device=generator.device)
+    q = torch.randn(n, d, generator=generator)
+    k = torch.randn(n, d, generator=generator)
     scores = q @ k.T * scale  # (n, n)
     weights = masked_softmax(scores, None)
-    entropy = torch.special.entr(weights).sum(-1)  # (n,)
-    return scores.std(correction=0).item(), entropy.mean().item()
+    entropy = torch.special.entr(weights).sum() / n
+    return scores.std(correction=0).item(), entropy.item()
 
 
 def flash_attention(
@@ -113,14 +112,14 @@ class _FlashAttention(torch.autograd.Function):
         """Merge the key blocks one by one into a running maximum, sum and mixture."""
         ctx.blocks = (causal, block_q, block_k)
         *lead, Tq, _ = q.shape
-        wide = _at_least_float32(q[..., :0, :])  # for its dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(*lead, Tq, v.shape[-1])
-        logsumexp = wide.new_empty(*lead, Tq, 1)
+        logsumexp = q.new_empty(*lead, Tq, 1, dtype=wide)
         for rows, columns in _block_grid(q, k, *ctx.blocks):
             n = len(range(Tq)[rows])
-            top = wide.new_full((*lead, n, 1), -torch.inf)
-            total = wide.new_zeros(*lead, n, 1)
-            mixture = wide.new_zeros(*lead, n, v.shape[-1])
+            top = q.new_full((*lead, n, 1), -torch.inf, dtype=wide)
+            total = q.new_zeros(*lead, n, 1, dtype=wide)
+            mixture = q.new_zeros(*lead, n, v.shape[-1], dtype=wide)
             for column in columns:
                 scores = _block_scores(q, k, rows, column, causal)  # (..., n, m)
                 new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -180,7 +179,7 @@ def _block_scores(q, k, rows, column, causal):
 def _dropout_factors(weights: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """Return 0 with probability p and 1 / (1 - p) otherwise, for each weight."""
     device = weights.device if generator is None else generator.device
-    kept = torch.rand(weights.shape, generator=generator, device=device) >= p
+    kept = torch.empty(weights.shape, device=device).bernoulli_(1 - p, generator=generator)
     return kept.to(weights) * (1 / (1 - p) if p < 1 else 0.0)
 
 

@@ -138,9 +138,7 @@ def attention_grads__average_from_the_output(dout, q, k, v, weights, scale):
         if list(found.shape) != shape:
             raise ValueError(f"shape {list(found.shape)} where {shape} is needed")
     dtype = q.dtype
-    dout, q, k, v, weights = (
-        x.float() if x.dtype.itemsize == 2 else x for x in (dout, q, k, v, weights)
-    )
+    dout, q, k, v, weights = (x.float() if x.dtype.itemsize == 2 else x for x in (dout, q, k, v, weights))
     dweights = dout.matmul(v.transpose(-1, -2))
     mean = (weights * dweights).sum(-1).unsqueeze(-1)
     dscores = (dweights - mean).mul(weights).mul(scale if scale is not None else q.shape[-1] ** -0.5)

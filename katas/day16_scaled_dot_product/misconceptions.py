@@ -447,13 +447,14 @@ def attention__nan_rows(q, k, v, mask=None, scale=None, *, dropout_p=0.0, genera
 @misconception(
     "attention",
     "The NaN was replaced after it had been made. Forward looks right, but backward still goes through the softmax of a row of "
-    "-inf, and 0 times NaN is NaN. The row must be harmless before the softmax.",
+    "-inf, 0 times NaN is NaN, and nothing stops it before it reaches q and k.",
 )
 def attention__nan_repaired_too_late(q, k, v, mask=None, scale=None, *, dropout_p=0.0, generator=None):
     _fits(q, k, v, mask)
     scores = _scores(q, k, scale)
-    weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), -1)
-    return _finish(q, v, weights.nan_to_num(0.0), dropout_p, generator)
+    if mask is not None:
+        scores = scores + torch.zeros(mask.shape).to(scores).masked_fill(~mask, -torch.inf)
+    return _finish(q, v, torch.softmax(scores, -1).nan_to_num(0.0), dropout_p, generator)
 
 
 @misconception(
@@ -1022,22 +1023,13 @@ def logit_spread__negative(d, n, scale, *, generator):
 
 @misconception(
     "logit_spread",
-    "Your softmax runs over the queries: this is how a key's score is spread over those who ask.",
+    "Your softmax runs over the queries, or, which comes to the same, the keys were drawn before the queries. First q, then k, and "
+    "each query spreads its weight over the keys.",
 )
 def logit_spread__over_queries(d, n, scale, *, generator):
     q, k = _draw(d, n, generator)
     scores = q @ k.T * _default(scale, d)
     return scores.std(correction=0).item(), _entropy(scores, 0)
-
-
-@misconception(
-    "logit_spread",
-    "The keys were drawn before the queries. That is as random, but not the numbers that were promised for this generator.",
-)
-def logit_spread__keys_first(d, n, scale, *, generator):
-    k, q = _draw(d, n, generator)
-    scores = q @ k.T * _default(scale, d)
-    return scores.std(correction=0).item(), _entropy(scores)
 
 
 @misconception(
@@ -1366,6 +1358,15 @@ def flash_attention__every_block(q, k, v, *, causal=False, block_q=64, block_k=6
 )
 def flash_attention__in_half(q, k, v, *, causal=False, block_q=64, block_k=64):
     return _flash(q, k, v, causal, block_q, block_k, "in_half")
+
+
+@misconception(
+    "flash_attention",
+    "Forward is right. In backward the gradients of half inputs are added up in half precision: beside a large sum, what a "
+    "further block brings is rounded away.",
+)
+def flash_attention__half_sums(q, k, v, *, causal=False, block_q=64, block_k=64):
+    return _flash(q, k, v, causal, block_q, block_k, "half_sums")
 
 
 @misconception(

@@ -11,9 +11,7 @@ from day02_tensor_operations import broadcast_shape, masked_softmax  # noqa: F40
 from torch import Tensor
 
 
-def causal_mask(
-    tq: int, tk: int, *, offset: int | None = None, device: torch.device | str | None = None
-) -> Tensor:
+def causal_mask(tq: int, tk: int, *, offset: int | None = None, device: torch.device | str | None = None) -> Tensor:
     """Return the boolean mask (tq, tk) in which query i may attend to the keys j <= i + offset.
 
     offset: how many keys are older than the first query. `None` means tk - tq: the queries are the last tq
@@ -105,13 +103,11 @@ def attention_flops(b: int, h: int, tq: int, tk: int, d: int, dv: int) -> int:
     raise NotImplementedError
 
 
-def logit_spread(
-    d: int, n: int, scale: float | None, *, generator: torch.Generator
-) -> tuple[float, float]:
+def logit_spread(d: int, n: int, scale: float | None, *, generator: torch.Generator) -> tuple[float, float]:
     """Return (std, entropy) of the scores between n random queries and n random keys of width d, as floats.
 
-    First q (n, d) is drawn, then k (n, d): two calls of torch.randn, float32, from `generator`, on the
-    device of the generator. No other random numbers are drawn.
+    First q (n, d) is drawn, then k (n, d): two calls of torch.randn, float32, from `generator`, which lives on
+    the CPU. No other random numbers are drawn.
     The scores are q k^T * scale, an (n, n) table; scale None means d ** -0.5.
     std: the root of the mean squared deviation from their mean, over all n * n scores (a single one gives 0)
     entropy: of the softmax weights of each query, -sum(p * log(p)) with the natural logarithm, averaged over
