@@ -27,9 +27,7 @@ def weighted_mean(values, counts):
 @alternative("clip_grad_norm_")
 def clip_grad_norm_(params, max_norm):
     params = [p for p in params if p.grad is not None]
-    squares = [
-        p.grad.detach().to(torch.promote_types(p.grad.dtype, torch.float32)).square().sum() for p in params
-    ]
+    squares = [p.grad.detach().to(torch.promote_types(p.grad.dtype, torch.float32)).square().sum() for p in params]
     norm = torch.as_tensor(sum(squares)).sqrt()
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for p in params:

@@ -719,9 +719,7 @@ def fit__alias(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, s
     "fit",
     "The weights are those of the best epoch and the buffers are not: running statistics of one epoch under the weights of another. A state_dict has both, parameters() has not.",
 )
-def fit__parameters_only(
-    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
-):
+def fit__parameters_only(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
     history = History()
     start = copy.deepcopy(model.state_dict())
     best, kept = math.inf, None
@@ -748,9 +746,7 @@ def fit__parameters_only(
     "fit",
     "Training ran one epoch longer than patience allows: with patience p it ends when p epochs in a row have not improved, not when one more has.",
 )
-def fit__one_epoch_more(
-    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
-):
+def fit__one_epoch_more(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
     return _fit(
         model,
         train_loader,
@@ -815,9 +811,7 @@ def fit__compared_with_the_last(
     "fit",
     "An epoch that only equals the best was taken for an improvement: the best is the first of its kind, and a loss that stands still uses up patience.",
 )
-def fit__ties_improve(
-    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
-):
+def fit__ties_improve(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
     return _fit(
         model, train_loader, val_loader, loss_fn, optimizer, epochs, scheduler, patience,
         beats=lambda loss, best: loss <= best and loss < math.inf,
@@ -828,9 +822,7 @@ def fit__ties_improve(
     "fit",
     "NaN was taken for an improvement: the test asks whether the loss is not above the best, and every comparison with NaN is false. Ask whether it is below.",
 )
-def fit__nan_improves(
-    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
-):
+def fit__nan_improves(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
     return _fit(
         model, train_loader, val_loader, loss_fn, optimizer, epochs, scheduler, patience,
         beats=lambda loss, best: not loss >= best,
@@ -841,9 +833,7 @@ def fit__nan_improves(
     "fit",
     "The scheduler stepped before the optimizer did, so that the first epoch was trained with the second learning rate. The rate that you chose was never used.",
 )
-def fit__scheduler_first(
-    model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None
-):
+def fit__scheduler_first(model, train_loader, val_loader, loss_fn, optimizer, *, epochs, scheduler=None, patience=None):
     history = History()
     best, state = math.inf, copy.deepcopy(model.state_dict())
     for epoch in range(epochs):

@@ -106,9 +106,7 @@ def descend(model, inputs, target, loss_fn, lr, max_norm=None):
 def modes_during(model):
     """A list that collects, at each call of the model, the modes of all its modules."""
     seen = []
-    model.register_forward_hook(
-        lambda module, args, output: seen.append([m.training for m in module.modules()])
-    )
+    model.register_forward_hook(lambda module, args, output: seen.append([m.training for m in module.modules()]))
     return seen
 
 
@@ -135,9 +133,7 @@ def test_groups_of_size_zero_have_no_influence(solution, rand):
     a, b = rand(2).tolist()
     expected = (2 * a + 3 * b) / 5
     found = solution.weighted_mean([a, math.nan, b], [2, 0, 3])
-    assert_close(
-        found, expected, because="the second group is empty: the mean of nothing is NaN and has no weight"
-    )
+    assert_close(found, expected, because="the second group is empty: the mean of nothing is NaN and has no weight")
 
 
 @task("weighted_mean")
@@ -268,21 +264,15 @@ def test_gradients_are_scaled_in_place_and_parameters_stay(solution, randn):
     parameters = with_grads(*grads)
     before = [p.grad for p in parameters]
     solution.clip_grad_norm_(parameters, 0.75)
-    assert_close(
-        vector(before), expected, rtol=2e-5, because="the .grad tensors are the same objects as before"
-    )
-    assert_equal(
-        weights(nn.ParameterList(parameters)), torch.ones(23, dtype=WIDE), because="parameters do not change"
-    )
+    assert_close(vector(before), expected, rtol=2e-5, because="the .grad tensors are the same objects as before")
+    assert_equal(weights(nn.ParameterList(parameters)), torch.ones(23, dtype=WIDE), because="parameters do not change")
 
 
 @task("clip_grad_norm_")
 def test_the_norm_of_half_precision_gradients_does_not_overflow(solution, device):
     parameters = with_grads(torch.full((300, 300), 300.0, dtype=torch.float16, device=device))
     found = solution.clip_grad_norm_(parameters, 900.0)
-    assert_close(
-        found, torch.tensor(90000.0), rtol=1e-3, because="300 * 300 numbers of 300 have the norm 90000"
-    )
+    assert_close(found, torch.tensor(90000.0), rtol=1e-3, because="300 * 300 numbers of 300 have the norm 90000")
     assert_close(parameters[0].grad[:2, :2], torch.full((2, 2), 3.0, dtype=torch.float16))
 
 
@@ -373,9 +363,7 @@ def test_all_but_the_last_of_a_batch_go_into_the_model(solution, randn):
     batch = [randn(5, 3, dtype=WIDE), randn(5, 4, dtype=WIDE), randn(5, 2, dtype=WIDE)]
     expected, _ = descend(model, batch[:2], batch[2], F.mse_loss, 0.1)
     solution.train_step(model, batch, F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert_close(
-        weights(model), weights(expected), because="a batch (a, b, target) means loss_fn(model(a, b), target)"
-    )
+    assert_close(weights(model), weights(expected), because="a batch (a, b, target) means loss_fn(model(a, b), target)")
 
 
 @task("train_step")
@@ -471,9 +459,7 @@ def test_modes_are_back_when_the_loss_raises(solution, randn, seed):
 def test_nothing_is_saved_for_a_backward_pass(solution, randn, seed):
     torch.manual_seed(seed)
     model, batches = network(randn), pairs(randn, 4, 4)
-    assert_cost(
-        solution.evaluate, model, batches, F.mse_loss, max_saved_bytes=0, because="no graph is needed here"
-    )
+    assert_cost(solution.evaluate, model, batches, F.mse_loss, max_saved_bytes=0, because="no graph is needed here")
 
 
 @task("evaluate")
@@ -485,9 +471,7 @@ def test_weights_buffers_and_gradients_do_not_change(solution, randn):
     solution.evaluate(model, batches, F.mse_loss)
     assert_close(held(model), before, rtol=0, atol=0, because="measuring is no training")
     grads_after = [p.grad for p in model.parameters() if p.grad is not None]
-    assert_that(
-        len(grads_after) == len(list(model.parameters())), ".grad is still there", value=len(grads_after)
-    )
+    assert_that(len(grads_after) == len(list(model.parameters())), ".grad is still there", value=len(grads_after))
     assert_equal(vector(grads_after), grads, because=".grad is as it was")
 
 
@@ -502,9 +486,7 @@ def test_a_dict_of_losses_gives_a_dict_of_means(solution, randn):
     def losses(output, target):
         return {"squared": F.mse_loss(output, target), "below": (output < target).double().mean()}
 
-    assert_close(
-        solution.evaluate(model, batches, losses), expected, because="each mean over all eight examples"
-    )
+    assert_close(solution.evaluate(model, batches, losses), expected, because="each mean over all eight examples")
 
 
 @task("evaluate")
@@ -529,9 +511,7 @@ def test_examples_are_the_rows_of_the_target(solution, randn, randint):
     with torch.no_grad():
         total = sum(F.mse_loss(model(rows, table), y, reduction="sum").item() for rows, table, y in batches)
     found = solution.evaluate(model, batches, F.mse_loss)
-    assert_close(
-        found, {"loss": total / 12}, because="batches (rows, table, target) with five targets and with one"
-    )
+    assert_close(found, {"loss": total / 12}, because="batches (rows, table, target) with five targets and with one")
 
 
 # train_step_accum
@@ -557,9 +537,7 @@ def test_the_update_is_that_of_the_concatenation(solution, randn):
     model, batches = network(randn), pairs(randn, 5, 2, 1)
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     expected, _ = descend(model, [x], y, F.mse_loss, 0.1)
-    solution.train_step_accum(
-        model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1)
-    )
+    solution.train_step_accum(model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
     assert_close(
         weights(model),
         weights(expected),
@@ -600,9 +578,7 @@ def test_a_micro_batch_that_counts_nothing_has_no_influence(solution, randn, ran
     expected, loss = descend(model, [x], y, token_loss, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     found = solution.train_step_accum(model, [full, empty, other], token_loss, optimizer)
-    assert_close(
-        weights(model), weights(expected), because="all labels of the second micro-batch are ignored"
-    )
+    assert_close(weights(model), weights(expected), because="all labels of the second micro-batch are ignored")
     assert_close(found, loss)
 
 
@@ -622,9 +598,7 @@ def test_gradients_from_before_do_not_count(solution, randn):
     expected, _ = descend(model, [x], y, F.mse_loss, 0.1)
     for parameter in model.parameters():
         parameter.grad = randn(*parameter.shape, dtype=WIDE)
-    solution.train_step_accum(
-        model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1)
-    )
+    solution.train_step_accum(model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
     assert_close(weights(model), weights(expected), because=".grad was not empty before this step")
 
 
@@ -633,9 +607,7 @@ def test_every_micro_batch_meets_the_model_in_train_mode(solution, randn):
     model, batches = network(randn), pairs(randn, 2, 4)
     model.eval()
     seen = modes_during(model)
-    solution.train_step_accum(
-        model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1)
-    )
+    solution.train_step_accum(model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
     assert_equal(seen, [[True] * 4] * 2, because="two calls of the model, every module of it in train mode")
 
 
@@ -645,9 +617,7 @@ def test_micro_batches_with_several_inputs(solution, randn):
     batches = [[randn(n, width, dtype=WIDE) for width in (3, 4, 2)] for n in (4, 1)]
     a, b, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     expected, _ = descend(model, [a, b], y, F.mse_loss, 0.1)
-    solution.train_step_accum(
-        model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1)
-    )
+    solution.train_step_accum(model, counted(batches), F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
     assert_close(weights(model), weights(expected))
 
 
@@ -768,9 +738,7 @@ def test_each_example_of_an_epoch_counts_the_same_in_train_loss(solution, randn)
     expected = sum(F.mse_loss(model(x), y).item() * len(y) for x, y in train) / 6
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     found = solution.fit(model, train, pairs(randn, 2), F.mse_loss, optimizer, epochs=1)
-    assert_close(
-        found.train_loss, [expected], because="a batch of five and a batch of one, at learning rate 0"
-    )
+    assert_close(found.train_loss, [expected], because="a batch of five and a batch of one, at learning rate 0")
 
 
 @task("fit")
@@ -779,9 +747,7 @@ def test_examples_of_an_epoch_are_the_rows_of_its_targets(solution, randn, randi
     expected = sum(F.mse_loss(model(rows, table), y).item() * len(y) for rows, table, y in train) / 6
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     found = solution.fit(model, train, lookups(randn, randint, 2), F.mse_loss, optimizer, epochs=1)
-    assert_close(
-        found.train_loss, [expected], because="batches (rows, table, target) with five targets and with one"
-    )
+    assert_close(found.train_loss, [expected], because="batches (rows, table, target) with five targets and with one")
 
 
 @task("fit")
@@ -809,9 +775,7 @@ def test_the_buffers_of_the_best_epoch_are_back_too(solution, randn):
 @task("fit")
 def test_the_best_epoch_is_the_first_with_the_lowest_loss(solution, randn):
     run = Run(solution, randn, [4.0, 2.5, 3.0, 2.5])
-    assert_equal(
-        run.history.best_epoch, 1, because="the validation losses are 4, 2.5, 3, 2.5; epochs count from 0"
-    )
+    assert_equal(run.history.best_epoch, 1, because="the validation losses are 4, 2.5, 3, 2.5; epochs count from 0")
     assert_equal(run.history.val_loss, [4.0, 2.5, 3.0, 2.5], because="one entry per epoch")
 
 
@@ -869,9 +833,7 @@ def test_a_run_without_any_number_gives_back_what_it_came_with(solution, randn):
 @task("fit")
 def test_without_patience_all_epochs_are_run(solution, randn):
     run = Run(solution, randn, [1.0] + [2.0] * 11)
-    assert_equal(
-        [len(run.history.train_loss), len(run.after_epoch)], [12, 12], because="epochs and validations"
-    )
+    assert_equal([len(run.history.train_loss), len(run.after_epoch)], [12, 12], because="epochs and validations")
 
 
 @task("fit")
@@ -916,9 +878,7 @@ def test_n_updates_give_the_closed_form(solution, randn):
         ema.update()
     with ema.swap():
         found = weights(model)
-    assert_close(
-        found, expected, because="0.8^6 of the first weights, and (1 - 0.8) * 0.8^k of those k updates ago"
-    )
+    assert_close(found, expected, because="0.8^6 of the first weights, and (1 - 0.8) * 0.8^k of those k updates ago")
 
 
 @task("EMA")
@@ -1040,9 +1000,7 @@ def test_an_update_changes_nothing_in_the_model_and_records_no_graph(solution, r
     assert_cost(ema.update, max_saved_bytes=0, because="an update is no part of a graph")
     assert_equal(weights(model), before, because="the weights of the model")
     assert_equal(vector(p.grad for p in model.parameters()), grads, because="the gradients of the model")
-    assert_that(
-        all(p.requires_grad and p.is_leaf for p in model.parameters()), "the parameters are still leaves"
-    )
+    assert_that(all(p.requires_grad and p.is_leaf for p in model.parameters()), "the parameters are still leaves")
 
 
 @task("EMA")
@@ -1092,9 +1050,7 @@ class Training:
     def __init__(self, seed):
         values = torch.Generator().manual_seed(seed)
         self.x, self.y = torch.randn(12, 3, generator=values), torch.randn(12, 2, generator=values)
-        self.model = nn.Sequential(
-            nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)
-        )
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
         for parameter in self.model.parameters():
             parameter.data = torch.randn(parameter.shape, generator=values)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
@@ -1139,17 +1095,13 @@ def stopped_and_resumed(solution, seed, path):
 def test_ten_steps_are_five_and_five_more_bit_by_bit(solution, seed, tmp_path):
     whole, resumed = stopped_and_resumed(solution, seed, tmp_path / "run.pt")
     assert_equal(weights(resumed.model), weights(whole.model), because="weights after ten steps")
-    assert_equal(
-        vector(b.double() for b in resumed.model.buffers()), vector(b.double() for b in whole.model.buffers())
-    )
+    assert_equal(vector(b.double() for b in resumed.model.buffers()), vector(b.double() for b in whole.model.buffers()))
 
 
 @task("checkpoint")
 def test_the_losses_of_the_second_half_are_the_same(solution, seed, tmp_path):
     whole, resumed = stopped_and_resumed(solution, seed, tmp_path / "run.pt")
-    assert_equal(
-        resumed.losses, whole.losses[5:], because="the losses of steps 6 to 10, dropout and shuffling on"
-    )
+    assert_equal(resumed.losses, whole.losses[5:], because="the losses of steps 6 to 10, dropout and shuffling on")
 
 
 @task("checkpoint")
