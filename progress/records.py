@@ -1,5 +1,6 @@
 """Plain records of what a learner did; a record that exists is well formed."""
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -29,8 +30,6 @@ def decode(data: bytes) -> str:
 
 def source_sha(source: str) -> str:
     """The sha256 by which a source is known, in hex; for a UTF-8 file that of its bytes."""
-    import hashlib
-
     return hashlib.sha256(encode(source)).hexdigest()
 
 

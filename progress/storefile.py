@@ -1,6 +1,7 @@
 """The file of the store: created without a race, checked for damage, moved aside, opened for reading only."""
 
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -110,8 +111,6 @@ def copy_for_reading(path: Path, folder: Path) -> Path:
     for suffix in ("", "-wal", "-journal"):
         original = Path(f"{path}{suffix}")
         if original.exists():
-            import shutil
-
             shutil.copyfile(original, folder / original.name)
     return folder / path.name
 
