@@ -112,14 +112,13 @@ class _FlashAttention(torch.autograd.Function):
         """Merge the key blocks one by one into a running maximum, sum and mixture."""
         ctx.blocks = (causal, block_q, block_k)
         *lead, Tq, _ = q.shape
-        wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(*lead, Tq, v.shape[-1])
-        logsumexp = q.new_empty(*lead, Tq, 1, dtype=wide)
+        logsumexp = _at_least_float32(q.new_empty(*lead, Tq, 1))
         for rows, columns in _block_grid(q, k, *ctx.blocks):
             n = len(range(Tq)[rows])
-            top = q.new_full((*lead, n, 1), -torch.inf, dtype=wide)
-            total = q.new_zeros(*lead, n, 1, dtype=wide)
-            mixture = q.new_zeros(*lead, n, v.shape[-1], dtype=wide)
+            top = logsumexp.new_full((*lead, n, 1), -torch.inf)
+            total = logsumexp.new_zeros(*lead, n, 1)
+            mixture = logsumexp.new_zeros(*lead, n, v.shape[-1])
             for column in columns:
                 scores = _block_scores(q, k, rows, column, causal)  # (..., n, m)
                 new_top = torch.maximum(top, scores.amax(-1, keepdim=True))

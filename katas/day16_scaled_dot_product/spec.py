@@ -298,6 +298,7 @@ def test_a_scale_of_zero_is_a_scale(solution, randn):
     q, k, v = inputs(randn, dtype=torch.float64)
     expected = definition(q, k, v, scale=0.1)
     assert_attention(solution.attention(q, k, v, scale=0.1), expected, torch.float64, "scale=0.1 was given")
+    q, k, v = inputs(randn, dtype=torch.float64)
     expected = definition(q, k, v, scale=0.0)
     assert_attention(
         solution.attention(q, k, v, scale=0.0), expected, torch.float64, "scale=0 makes all scores 0, so v is averaged"
@@ -1091,6 +1092,10 @@ def test_half_blocks_are_computed_in_float32(solution, randn, half):
 
 @task("flash_attention")
 def test_bfloat16_scores_of_256_and_257_stay_apart_in_blocks(solution, device):
+    assert_close_scores_stay_apart(solution, device)
+
+
+def assert_close_scores_stay_apart(solution, device):
     q = torch.tensor([[32.0, 2.0, 0.0, 0.0]], dtype=torch.bfloat16, device=device)
     k = torch.tensor([[16.0, 0.0, 0.0, 0.0], [16.0, 1.0, 0.0, 0.0]], dtype=torch.bfloat16, device=device)
     v = torch.tensor([[0.0, 4.0], [4.0, 0.0]], dtype=torch.bfloat16, device=device)
@@ -1112,6 +1117,7 @@ def test_half_gradients_of_blocks(solution, randn, half):
 
 @task("flash_attention")
 def test_many_small_gradients_are_not_lost_beside_a_large_one(solution, device):
+    assert_close_scores_stay_apart(solution, device)
     q, k = (torch.ones(n, 2, dtype=torch.bfloat16, device=device) for n in (21, 1))
     dout = torch.ones(21, 1, dtype=torch.bfloat16, device=device)
     dout[0] = 256.0
