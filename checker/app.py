@@ -55,8 +55,8 @@ class App:
         except StoreError as error:
             raise UserError(str(error), exit_code=NOT_PASSED) from None
 
-    def kata(self, day: str | None, store: Store | None = None) -> Kata:
-        """The day that is meant: the one named, else the one whose file was saved last, else the one fetched last."""
+    def kata(self, day: str | None) -> Kata:
+        """The day that is meant: the one named, else the one whose file was saved last."""
         if day is not None:
             return self.track.find(day)
         slug = self.workspace.last_edited(self.track)

@@ -58,7 +58,6 @@ def check(
     with _runner(app, len(katas)) as runner:
         for kata in katas:
             verdict, source, started = run(app, kata, runner, device=device, seed=seed, only=only)
-            saved = ""
             if not as_json and not everything:
                 show(app, kata, verdict, where)
             saved = record(app, kata, verdict, source, started, whole=only is None)
@@ -233,6 +232,3 @@ def next_step(app: App, kata: Kata, verdict: Verdict, hints: dict[str, int]) -> 
     if verdict.outcome == "not run":
         return f"kata check {kata.day} --device cpu"
     return f"mend {kata.file_name}, then kata check"
-
-
-__all__ = ["check", "earlier", "record", "run", "show"]
