@@ -74,9 +74,9 @@ class Page:
             self.add((first if not number else " " * len(first), "dim"), (line, style), indent=indent)
 
     def show(self, where: Console) -> None:
-        """Print everything."""
-        for line in self.lines:
-            where.print(line, no_wrap=True, overflow="ignore", crop=False)
+        """Print everything, in one go: each call of rich's `print` costs a tenth of a millisecond."""
+        if self.lines:
+            where.print(Text("\n").join(self.lines), no_wrap=True, overflow="ignore", crop=False)
 
 
 def verdict(found: Verdict, where: Console, *, next_step: str) -> None:

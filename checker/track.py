@@ -23,6 +23,7 @@ else:  # Python 3.10
 LEVELS = ("core", "more", "stretch")
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+_ID = re.compile(r'id = "([\w-]+)"\s*$', re.MULTILINE)
 KATA_FILES = ("kata.toml", "lesson.md", "stub.py", "spec.py", "hints.md", "misconceptions.py", "alternatives.py")
 
 
@@ -153,6 +154,13 @@ class Track:
             self._cache[slug] = load_kata(self.folder / slug, self.reference)
         return self._cache[slug]
 
+    def id_of(self, slug: str) -> str:
+        """The id of a kata, by which progress is kept; where it stands in the first line, the file is not parsed."""
+        if slug in self._cache:
+            return self._cache[slug].id
+        first = _ID.match(_read(self.folder / slug / "kata.toml"))
+        return first[1] if first else self.kata(slug).id
+
     def __iter__(self) -> Iterator[Kata]:
         return (self.kata(slug) for slug in self.slugs)
 
@@ -263,11 +271,16 @@ class _Table:
     """A TOML table whose keys are taken one by one, so that what is left over is known to be unknown."""
 
     def __init__(
-        self, file: Path, data: dict[str, Any] | None = None, where: str = "", position: tuple[str, int] | None = None
+        self,
+        file: Path,
+        data: dict[str, Any] | None = None,
+        where: str = "",
+        position: tuple[str, int] | None = None,
+        text: str = "",
     ) -> None:
-        self.file, self.where, self.position = file, where, position
-        self.text = _read(file)
+        self.file, self.where, self.position, self.text = file, where, position, text
         if data is None:
+            self.text = _read(file)
             try:
                 data = tomllib.loads(self.text)
             except tomllib.TOMLDecodeError as error:
@@ -332,7 +345,7 @@ class _Table:
         tables = []
         for number, entry in enumerate(entries, 1):
             label = entry.get("name") or entry.get("title") or number
-            tables.append(_Table(self.file, entry, f"in [[{key}]] {label}, ", (key, number - 1)))
+            tables.append(_Table(self.file, entry, f"in [[{key}]] {label}, ", (key, number - 1), self.text))
         return tables
 
     def done(self) -> None:

@@ -218,7 +218,8 @@ class Watch(Screenful[None]):
             self.notice = f"every check starts cold: {self.warm.cold_because}"
         self.run_worker(self.saves(), exclusive=True)
         with contextlib.suppress(UserError), self.kata_app.store() as store:
-            self.celebrated = {kata.slug for kata in self.kata_app.track if kata.id in store.passed_katas()}
+            track, passed = self.kata_app.track, store.passed_katas()
+            self.celebrated = {slug for slug in track.slugs if track.id_of(slug) in passed}
         self.draw()
         self.checks.want(self.kata.slug, self.only)
         self.action_lesson()

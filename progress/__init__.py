@@ -1,4 +1,4 @@
-"""The store of what the learner did."""
+"""The store of what the learner did; `progress.transfer`, which few commands need, writes and reads exports."""
 
 from progress.errors import StoreError
 from progress.records import (
@@ -13,21 +13,17 @@ from progress.records import (
     source_sha,
 )
 from progress.store import Store
-from progress.transfer import ImportReport, export_json, import_json
 
 __all__ = [
     "REASONS",
     "Attempt",
     "Fetch",
     "Hint",
-    "ImportReport",
     "KataProgress",
     "Snapshot",
     "SolutionSeen",
     "Store",
     "StoreError",
-    "export_json",
-    "import_json",
     "now",
     "source_sha",
 ]

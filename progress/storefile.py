@@ -23,6 +23,7 @@ BUSY_SECONDS = 5
 FOLDER = ".kata"
 """The folder of the store in a workspace; nobody but its owner may look into it."""
 
+_SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
 _SIDECARS = ("-wal", "-shm", "-journal")
 _STALE_SECONDS = 3600
 _TRIES = 100
@@ -30,8 +31,9 @@ _TRIES = 100
 
 def connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
     """A connection without implicit transactions; `mode` as in SQLite's URIs (rw does not create)."""
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    # Written here, since Path.as_uri imports urllib and ipaddress: 2 ms of every command.
+    name = "".join(chr(byte) if byte in _SAFE else f"%{byte:02X}" for byte in os.fsencode(path.absolute()))
+    return sqlite3.connect(f"file:{name}?mode={mode}", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
 
 
 def is_writable(path: Path) -> bool:

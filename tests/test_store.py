@@ -23,6 +23,7 @@ from progress import (
     StoreError,
     migrations,
     storefile,
+    transfer,
 )
 
 DAY = "2025-10-03T08:00:00"
@@ -80,6 +81,19 @@ def test_a_folder_that_others_may_read_is_tightened_but_only_ours(tmp_path):
         folder.chmod(0o755)
         Store.open(folder / "progress.db").close()
         assert folder.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "%41", "why?mode=ro", "#1", "größe", "日", "\udcff", "a&b=c;d+e"])
+def test_any_folder_name_will_do(tmp_path, name):
+    file = tmp_path / name / "progress.db"
+    try:
+        file.parent.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes no such name")
+    with Store.open(file) as store:
+        store.add_attempt(attempt())
+    assert [found.name for found in file.parent.iterdir()] == ["progress.db"]
+    assert [found.name for found in tmp_path.iterdir()] == [name]
 
 
 def test_closing_leaves_one_file(store, path):
@@ -674,7 +688,7 @@ def test_every_write_takes_the_lock_before_it_looks(store):
         lambda: store.take_hint("day01", "split", 1),
         lambda: store.saw_solution("day01", True),
         lambda: store.mark_started("day01"),
-        lambda: progress.import_json(store, progress.export_json(store)),
+        lambda: transfer.import_json(store, transfer.export_json(store)),
     ]
     for write in writes:
         seen = []

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progress import Attempt, ImportReport, Store, StoreError, export_json, import_json, source_sha, transfer
+from progress import Attempt, Store, StoreError, source_sha, transfer
+from progress.transfer import ImportReport, export_json, import_json
 
 
 def at(second, fraction=""):

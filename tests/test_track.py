@@ -79,3 +79,16 @@ def test_a_kata_listed_twice_or_misnamed(copy):
     file.write_text(text.replace('"day02_chain"', '"chain"'))
     with pytest.raises(TrackError, match="named like day16"):
         Track.load(copy)
+
+
+def test_an_id_is_known_without_parsing_the_kata(copy, toy):
+    file = copy / "day02_chain" / "kata.toml"
+    text = file.read_text()
+    file.write_text(text + "\nthis is no TOML\n")
+    assert Track.load(copy).id_of("day02_chain") == toy.kata("day02_chain").id
+    first, _, rest = text.partition("\n")
+    file.write_text(f"# a comment first\n{first}\n{rest}")
+    assert Track.load(copy).id_of("day02_chain") == toy.kata("day02_chain").id
+    file.write_text(rest)
+    with pytest.raises(TrackError, match="the key 'id' is missing"):
+        Track.load(copy).id_of("day02_chain")

@@ -88,7 +88,8 @@ def _following(app: App, store: Store) -> Kata | None:
     if not app.track.slugs:
         raise UserError(f"The track {app.track.folder} has no katas yet; add one with `kata new`.")
     passed = store.passed_katas()
-    return next((kata for kata in app.track if kata.id not in passed), None)
+    slug = next((slug for slug in app.track.slugs if app.track.id_of(slug) not in passed), None)
+    return app.track.kata(slug) if slug else None
 
 
 def _show(app: App, kata: Kata, made: bool, new: bool) -> None:

@@ -34,12 +34,13 @@ def overview(app: App) -> tuple[str, str, list[tuple[int, str, int, int, str]], 
             seen = store.solutions_seen()
     rows, following = [], None
     for phase in track.phases:
-        katas = [track.kata(slug) for slug in phase.slugs]
-        under_way = next((kata for kata in katas if kata.id not in passed and _tried(progress.get(kata.id))), None)
-        if following is None:
-            following = next((kata for kata in katas if kata.id not in passed), None)
-        now = _under_way(under_way, progress[under_way.id]) if under_way else ""
-        rows.append((phase.number, phase.title, sum(kata.id in passed for kata in katas), len(katas), now))
+        ids = {slug: track.id_of(slug) for slug in phase.slugs}
+        ahead = [slug for slug, key in ids.items() if key not in passed]
+        tried = next((slug for slug in ahead if _tried(progress.get(ids[slug]))), None)
+        if following is None and ahead:
+            following = track.kata(ahead[0])
+        now = _under_way(track.kata(tried), progress[ids[tried]]) if tried else ""
+        rows.append((phase.number, phase.title, len(ids) - len(ahead), len(ids), now))
     done = sum(row[2] for row in rows)
     facts = [f"{done} of {len(track.slugs)} days"]
     if seconds >= 60:

@@ -12,7 +12,8 @@ from checker import render
 from checker.app import App
 from checker.errors import NOT_PASSED, UserError
 from checker.workspace import write_whole
-from progress import StoreError, export_json, import_json
+from progress import StoreError
+from progress.transfer import export_json, import_json
 
 
 def export(app: App, file: str) -> None:
