@@ -315,67 +315,6 @@ def summary(found: Sequence[Verdict], where: Console) -> None:
     page.show(where)
 
 
-def markdown(text: str, where: Console) -> None:
-    """Print a lesson or hints."""
-    markdown_page(text, where.width).show(where)
-
-
-def markdown_page(text: str, width: int) -> Page:
-    """A lesson or hints: headings bold, code set off, paragraphs wrapped; readable as plain text, too."""
-    page, paragraph, fence = Page(width), [], False
-
-    def flush() -> None:
-        if paragraph:
-            joined = " ".join(line.strip() for line in paragraph)
-            match = re.match(r"\s*((?:[-*]|\d+[.)])\s+)?", paragraph[0])
-            indent = len(paragraph[0]) - len(paragraph[0].lstrip())
-            first = match[1] or ""
-            _inline(page, joined[len(first) :] if first else joined, indent + 2, first)
-            paragraph.clear()
-
-    for line in text.splitlines():
-        if line.lstrip().startswith("```"):
-            flush()
-            fence = not fence
-            page.blank()
-        elif fence:
-            page.add((line, "cyan"), indent=6)
-        elif line.startswith("#"):
-            flush()
-            page.blank()
-            page.add(
-                (line.lstrip("# "), "bold underline" if line.startswith("# ") else "bold"),
-                indent=0 if line.startswith("# ") else 2,
-            )
-            page.blank()
-        elif not line.strip():
-            flush()
-            page.blank()
-        elif line.lstrip().startswith("|"):
-            flush()
-            page.add(line, indent=2)
-        else:
-            if re.match(r"\s*(?:[-*]|\d+[.)])\s", line):
-                flush()
-            paragraph.append(line)
-    flush()
-    return page
-
-
-def _inline(page: Page, text: str, indent: int, first: str) -> None:
-    room = max(page.width - indent - len(first), 24)
-    for number, line in enumerate(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)):
-        parts: list[str | tuple[str, str]] = [first if not number else " " * len(first)]
-        for piece in re.split(r"(`[^`]+`|\*\*[^*]+\*\*)", line):
-            if piece.startswith("`") and piece.endswith("`") and len(piece) > 2:
-                parts.append((piece, "cyan"))
-            elif piece.startswith("**"):
-                parts.append((piece.strip("*"), "bold"))
-            else:
-                parts.append(piece)
-        page.add(*parts, indent=indent)
-
-
 def bar(done: int, total: int, width: int = 24) -> str:
     """'######------' for a share of a phase."""
     filled = width if total and done >= total else (done * width) // total if total else 0

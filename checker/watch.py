@@ -17,7 +17,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 from watchfiles import Change, awatch
 
-from checker import render
+from checker import markdown, render
 from checker.app import App
 from checker.commands import check as verb
 from checker.commands.fetch import fetch, fetch_next, open_workspace, under_way
@@ -406,14 +406,14 @@ class Watch(Screenful[None]):
         task = self.found and next((task.name for task in self.found.tasks if task.failing), None)
         text = self.attempt(lambda: next_hint(self.kata_app, self.kata, task))
         if text:
-            self.read(lambda width: render.markdown_page(text, width))
+            self.read(lambda width: markdown.page(text, width))
             self.draw()
 
     def action_lesson(self) -> None:
         """The lesson."""
         text = self.attempt(lambda: self.kata.text("lesson.md"))
         if text:
-            self.read(lambda width: render.markdown_page(text, width))
+            self.read(lambda width: markdown.page(text, width))
 
     def action_status(self) -> None:
         """The whole way."""
@@ -429,7 +429,7 @@ class Watch(Screenful[None]):
 
     def action_help(self) -> None:
         """The keys."""
-        self.read(lambda width: render.markdown_page(HELP, width))
+        self.read(lambda width: markdown.page(HELP, width))
 
     def action_run(self) -> None:
         """Check again, with fresh values."""

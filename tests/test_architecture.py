@@ -12,7 +12,6 @@ LONG = {
     "mutants.py": "one small function per mutation operator",
     "judge/plugin.py": "pytest's hooks and the order of a check belong together",
     "watch.py": "one screen",
-    "render.py": "everything that is drawn, and nothing else",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checker import render
+from checker import markdown, render
 from checker.app import App
 from checker.errors import UserError
 from checker.track import Kata
@@ -94,7 +94,7 @@ def _following(app: App, store: Store) -> Kata | None:
 
 def _show(app: App, kata: Kata, made: bool, new: bool) -> None:
     where = render.console()
-    render.markdown(kata.text("lesson.md"), where)
+    markdown.show(kata.text("lesson.md"), where)
     lines = [""]
     if made:
         lines.append(f"{app.workspace.root} is your workspace now.")

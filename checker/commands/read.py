@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from checker import render
+from checker import markdown, render
 from checker.app import App
 from checker.authoring import Hints
 from checker.errors import UserError
@@ -12,12 +12,12 @@ from progress import Store
 
 def lesson(app: App, day: str | None) -> None:
     """Show a day's lesson; a day that is named needs no workspace."""
-    render.markdown(app.kata(day).text("lesson.md"), render.console())
+    markdown.show(app.kata(day).text("lesson.md"), render.console())
 
 
 def hint(app: App, name: str | None, day: str | None) -> None:
     """Show the rungs taken so far and one more."""
-    render.markdown(next_hint(app, app.kata(day), name), render.console())
+    markdown.show(next_hint(app, app.kata(day), name), render.console())
 
 
 def next_hint(app: App, kata: Kata, name: str | None) -> str:
