@@ -13,6 +13,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.events import Resize
+from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Static
 from watchfiles import Change, awatch
@@ -51,6 +52,8 @@ Any key closes this page.
 # No-break spaces: a key and its word stay on one line of a narrow terminal.
 KEYS = "n\N{NO-BREAK SPACE}next  h\N{NO-BREAK SPACE}hint  l\N{NO-BREAK SPACE}lesson  t\N{NO-BREAK SPACE}task  a\N{NO-BREAK SPACE}all  "
 KEYS += "s\N{NO-BREAK SPACE}status  d\N{NO-BREAK SPACE}diff  r\N{NO-BREAK SPACE}run  ?\N{NO-BREAK SPACE}help  q\N{NO-BREAK SPACE}quit"
+
+_TOGETHER = 0.05  # seconds in which what happens is drawn once
 
 
 class Reader(ModalScreen[None]):
@@ -153,6 +156,14 @@ class Checks(threading.Thread):
         self.tell("recorded", verb.record(self.app, kata, found, source, started, whole=only is None))
 
 
+class Told(Message):
+    """What a check or the watcher of the files has to say: a word for it, and what it is about."""
+
+    def __init__(self, what: str, about: Any) -> None:
+        super().__init__()
+        self.what, self.about = what, about
+
+
 class Watch(Screenful[None]):
     """The screen: a headline with bars, the tasks with their states, the verdict; keys at the bottom."""
 
@@ -196,6 +207,7 @@ class Watch(Screenful[None]):
         self.running = ""
         self.notice = ""
         self.count = 0  # verdicts shown so far
+        self.due = False  # whether the screen will be drawn in a moment anyway
         self.celebrated: set[str] = set()
 
     def compose(self) -> ComposeResult:
@@ -267,15 +279,20 @@ class Watch(Screenful[None]):
     # What the checks tell; from their thread
 
     def hear(self, what: str, about: Any) -> None:
-        """Hand a message over to the screen's own thread."""
-        with contextlib.suppress(RuntimeError):
-            if self._thread_id == threading.get_ident():
-                self.told(what, about)
-            else:
-                self.call_from_thread(self.told, what, about)
+        """Hand a message over to the screen's own thread, without waiting for it."""
+        self.post_message(Told(what, about))
+
+    def on_told(self, message: Told) -> None:
+        """Take in one message; a hundred tests that finish at once are drawn together."""
+        self.told(message.what, message.about)
+        if message.what != "event":
+            self.draw()
+        elif not self.due:
+            self.due = True
+            self.set_timer(_TOGETHER, self.draw)
 
     def told(self, what: str, about: Any) -> None:
-        """Take in one message."""
+        """Change the state that is drawn."""
         if what == "begin":
             self.states, self.tests, self.running = {}, {}, "checking"
         elif what == "event":
@@ -287,7 +304,6 @@ class Watch(Screenful[None]):
             self.notice = about or self.notice
         elif what == "problem":
             self.notice, self.running = about, ""
-        self.draw()
 
     def take(self, event: dict[str, Any]) -> None:
         """One event of the running check."""
@@ -312,6 +328,7 @@ class Watch(Screenful[None]):
 
     def draw(self) -> None:
         """Everything, from the state."""
+        self.due = False
         if not self.is_mounted:
             return
         width = max(self.size.width - 2, 40)

@@ -4,18 +4,24 @@ Usage: python -m tests.benchmarks [--runs N] [--days 1,2] [--json FILE]
 """
 
 import argparse
+import asyncio
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 from checker import request
+from checker.app import App
+from checker.judge import processes
 from checker.track import Track
+from checker.watch import Watch
 from checker.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -102,13 +108,90 @@ def checks(track, katas, runs, worker):
     return rows
 
 
-def memory(worker):
-    """Resident memory of the warm process, in bytes."""
+def resident(pid):
+    """Resident memory of a process, in bytes; 0 if it is gone or this system does not tell."""
     try:
-        pages = int(Path(f"/proc/{worker.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, AttributeError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
         return 0
+
+
+def own(pid):
+    """Memory that a process shares with nobody, in bytes."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def memory(track, kata, worker):
+    """Resident memory of the warm process, and the most that the processes of one check held for themselves, in bytes."""
+    source = kata.reference_file.read_text(encoding="utf-8")
+    asked = request.check(track, kata, {kata.slug: (f"/w/{kata.file_name}", source)}, seed=11, trusted=True, cost=False)
+    most, ended = 0, threading.Event()
+
+    def look():
+        nonlocal most
+        while not ended.wait(0.02):
+            most = max(most, sum(own(pid) for pid in processes.descendants(worker.process.pid)))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    worker.run(asked, request.limits(kata))
+    ended.set()
+    watcher.join()
+    return {"warm_process_bytes": resident(worker.process.pid), "check_private_bytes": most}
+
+
+class TimedWatch(Watch):
+    """A watch that notes when a verdict is on the screen."""
+
+    drawn = 0.0
+
+    def on_told(self, message):
+        super().on_told(message)
+        if message.what == "verdict":
+            self.drawn = time.perf_counter()
+
+
+def saves(track, katas, runs):
+    """Per kata: from a save of the learner's file to the verdict on the screen of `kata watch`."""
+
+    async def one(kata, home):
+        app = App(str(track.folder))
+        subprocess.run([str(Path(sys.executable).with_name("kata")), "start", str(kata.day)], cwd=home, stdout=subprocess.DEVNULL, check=True)  # fmt: skip
+        os.chdir(home)
+        # as a learner would have written it, who imports the own earlier days
+        source, taken, started = (
+            re.sub(r"\breference\.(?=day)", "", kata.reference_file.read_text(encoding="utf-8")),
+            [],
+            0.0,
+        )
+        watch = TimedWatch(app, kata)
+        async with watch.run_test(size=(100, 40)) as pilot:
+            await pilot.press("x")
+            for number in range(runs + 2):
+                wanted = number + 1
+                while watch.count < wanted:
+                    await pilot.pause(0.005)
+                if number:
+                    taken.append(watch.drawn - started)
+                await pilot.pause(0.4)  # the record is written, and the watcher waits again
+                started = time.perf_counter()
+                app.workspace.file(kata).write_text(f"{source}\n# {number}\n", encoding="utf-8")
+        return taken[1:]  # the first of them may still wait for what is loaded lazily
+
+    rows, back = {}, Path.cwd()
+    for kata in katas:
+        with tempfile.TemporaryDirectory() as home:
+            try:
+                rows[kata.slug] = summary(asyncio.run(one(kata, home)))
+            finally:
+                os.chdir(back)
+        row = rows[kata.slug]
+        print(f"  {kata.slug:<28} save to verdict {row['median_ms']:6.0f} ms (p95 {row['p95_ms']:.0f})", flush=True)
+    return rows
 
 
 def main():
@@ -129,8 +212,12 @@ def main():
             print(f"  {name:<16} {row['median_ms']:6.0f} ms (p95 {row['p95_ms']:.0f}){allowed}")
     with Worker(warm=True) as worker:
         found = checks(track, katas, options.runs, worker)
-        resident = memory(worker)
-    print(f"  the warm process holds {resident / 1e6:.0f} MB")
+        held = memory(track, katas[0], worker)
+    shown = ", ".join(
+        f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.0f} MB" for name, size in held.items()
+    )
+    print(f"  memory: {shown}")
+    screens = saves(track, katas, options.runs)
     import importlib.metadata
 
     result = {
@@ -138,7 +225,7 @@ def main():
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pytest", "click", "rich")},
-        "start_up": rows, "checks": found, "warm_process_bytes": resident,
+        "start_up": rows, "checks": found, "memory": held, "save_to_verdict": screens,
     }  # fmt: skip
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
