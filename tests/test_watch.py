@@ -142,6 +142,46 @@ def test_accidents_do_not_end_it(home, learner):
     asyncio.run(story())
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.timeout(3600 if "KATA_MANY_CHECKS" in os.environ else 120)
+def test_a_long_session_does_not_grow(home, learner):
+    many = int(os.environ.get("KATA_MANY_CHECKS", "15"))
+
+    def held(pid):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd")), processes.threads(pid)
+
+    async def story():
+        watch = screen_of(home)
+        file = home / "torch-katas" / "day01_scale.py"
+        sources = [learner("passes"), learner("fails")]
+        async with watch.run_test(size=(80, 30)) as pilot:
+            await pilot.press("x")
+            await until(pilot, lambda: watch.count == 1)
+
+            async def session(checks):
+                for number in range(checks):
+                    file.write_text(sources[number % 2])
+                    before = watch.count
+                    await pilot.press("r")
+                    await until(pilot, lambda seen=before: watch.count > seen)
+                await until(pilot, lambda: not watch.running)
+                await pilot.pause(0.5)
+                worker = watch.warm._worker.process.pid
+                return [held(pid) for pid in (os.getpid(), worker)], processes.descendants(worker)
+
+            before, _ = await session(15)
+            after, left = await session(many)
+            print(f"{many} checks: {before} -> {after}")
+            assert left == []
+            for (bytes_before, *before_it), (bytes_after, *after_it) in zip(before, after, strict=True):
+                assert bytes_after - bytes_before < 16 << 20
+                assert after_it == before_it
+            await pilot.press("q")
+
+    asyncio.run(story())
+
+
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 @pytest.mark.timeout(120)
 def test_in_a_real_terminal(home, learner):
