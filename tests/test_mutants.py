@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checker import mutants
@@ -415,6 +415,7 @@ STATEMENTS = st.tuples(
 ).map(lambda pair: pair[0].format(pair[1]))
 
 
+@settings(deadline=None)
 @given(st.lists(STATEMENTS, min_size=1, max_size=4))
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_every_mutant_differs_and_compiles(statements):
