@@ -1,7 +1,7 @@
 """A cache of keys and values: each token is projected once, whatever comes after it.
 
 Attention at position t needs the keys and values of all positions before it (Vaswani et al. 2017, arXiv:1706.03762,
-section 3.2.3), and none of them changes any more: Shazeer 2019 (arXiv:1911.02150), section 2.3, decodes with them one
+section 3.2.3), and none of them changes any more: Shazeer 2019 (arXiv:1911.02150), section 2.4, decodes with them one
 token at a time. The ring buffer serves the sliding window of Mistral 7B (arXiv:2310.06825, section 2), the pages with
 copy-on-write are those of Kwon et al. 2023 (arXiv:2309.06180), section 4. All caches share one protocol: `length`,
 `update` that returns what attention may read, `reset`, `nbytes`, and `truncate` where nothing was forgotten.

@@ -268,8 +268,9 @@ class KVCache__reset_allocates(right.KVCache):
 )
 class KVCache__truncate_by(right.KVCache):
     def truncate(self, n):
+        length = self.length
         super().truncate(n)
-        self.length = 5 - n if n <= 5 else self.length
+        self.length = length - n
 
 
 @misconception(
@@ -413,8 +414,8 @@ class CachedAttention__queries_restart(_Steps):
 
 @misconception(
     "CachedAttention",
-    "The length was read after the update, when it counts the new tokens already: their queries and keys stand T places too "
-    "far. Without a break between chunks nobody would notice, since only differences count; here some keys come earlier.",
+    "The length was read after the update, when it counts the new tokens already: on a warm cache the chunk stands T places "
+    "too far. Its own tokens keep their distances, those to the keys of earlier chunks are wrong.",
 )
 class CachedAttention__start_after_the_update(_Steps):
     def positions(self, start, T, x):
@@ -1017,18 +1018,9 @@ class RollingKVCache__stores_the_first(_Ring):
     "Nothing is forgotten: the cache grows with the text. With a window, `window` slots are all that is ever needed.",
 )
 class RollingKVCache__grows(_Ring):
-    def update(self, k, v):
-        found = super().update(k, v)
-        if self.length > self.keys.shape[2]:
-            shape = list(self.keys.shape)
-            shape[2] = self.length
-            self.extra = torch.zeros(shape, dtype=self.keys.dtype, device=self.keys.device)
-        return found
-
     @property
     def nbytes(self):
-        slots = max(self.window, self.length)
-        return (self.keys.nbytes + self.values.nbytes) // self.window * slots
+        return (self.keys.nbytes + self.values.nbytes) // self.window * max(self.window, self.length)
 
 
 @misconception(

@@ -553,7 +553,7 @@ def in_chunks(module, x, sizes, cache, **kwargs):
     return torch.cat([module(part, cache=cache, **kwargs) for part in x.split(sizes, 1)], 1)
 
 
-LOOSE = {"rtol": 1e-4, "atol": 1e-5}  # RoPE tables are float32
+LOOSE = {"rtol": 1e-4, "atol": 1e-4}  # RoPE tables are float32
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -581,9 +581,9 @@ def test_in_float32(solution, randn, device):
 
 @task("CachedAttention")
 def test_in_bfloat16(solution, randn, device):
-    module, x = layer(solution, randn, device, dtype=torch.bfloat16), randn(2, 7, 12).bfloat16()
+    module, x = layer(solution, randn, device, dtype=torch.bfloat16), (randn(2, 7, 12) * 0.3).bfloat16()
     expected, _, _ = whole(module.state_dict(), x, 3)
-    assert_close(module(x), expected.bfloat16(), because="bfloat16 in, bfloat16 out", rtol=1e-1, atol=2.5e-1)
+    assert_close(module(x), expected.bfloat16(), because="bfloat16 in, bfloat16 out", rtol=1e-1, atol=5e-2)
 
 
 @task("CachedAttention")
@@ -807,18 +807,14 @@ def test_what_a_call_costs(solution, randn, device, old, t):
 
 
 @task("CachedAttention")
-def test_a_step_touches_old_keys_only_to_read_them(solution, randn, device):
+def test_a_step_only_reads_the_old_keys(solution, randn, device):
     module, x = layer(solution, randn, device, 64, 2, 128), randn(1, 101, 64, dtype=torch.float64)
     shelf = Shelf(1, 2, 128, 32, device)
     in_chunks(module, x[:, :100], [100], shelf)
+    keys = 2 * 101 * 32 * 8
     with torch.no_grad():
-        assert_cost(
-            module,
-            x[:, 100:],
-            cache=shelf,
-            no_larger_than=101 * 64 // 2,
-            because="no tensor of the size of the cached keys is made: nothing is rotated or copied again",
-        )
+        because = "the cached keys are rotated already: a step needs less than three copies of them"
+        assert_cost(module, x[:, 100:], cache=shelf, max_new_bytes=3 * keys, because=because)
 
 
 @cost_case("CachedAttention")
@@ -838,7 +834,7 @@ def attention_cost(module, randn, device):
 
 # CachedDecoderLM
 
-SAME = {"rtol": 1e-5, "atol": 1e-5}  # RoPE tables are float32
+SAME = {"rtol": 1e-4, "atol": 1e-4}  # RoPE tables are float32
 
 
 def language_model(randn, device, layers=2, h=2, d=8, vocab=11, max_len=24, dtype=torch.float64, **kwargs):
@@ -1196,7 +1192,8 @@ def test_memory_grows_with_the_text_and_not_with_its_square(solution, randn, ran
     model = Refitted(language_model(randn, device, layers=1, d=32, max_len=80))
     prompts = randint(0, 11, (1, 2))
     short, long = (generated_bytes(solution, model, prompts, n, True) for n in (16, 64))
-    assert_that(long < 5 * short, "64 tokens allocate about 4 times what 16 tokens do", value=round(long / short, 2))
+    because = "64 tokens allocate about 5 times what 16 do: 8 is enough, and 18 would be feeding everything again"
+    assert_that(long < 8 * short, because, value=round(long / short, 2))
 
 
 @cost_case("generate_greedy")

@@ -122,8 +122,8 @@ class CachedAttention(nn.Module):
         Without a cache, gradients flow to x and to the four weights.
         If the last token would stand at max_len or beyond: ValueError with the first position, T and max_len in the
         message, and nothing is stored.
-        Cost: 8*D*D + 4*D*S FLOPs per token, where S = cache.length + T. One token on a warm cache allocates no
-        tensor half as large as the cached keys: they are read, and not rotated or copied again.
+        Cost: 8*D*D + 4*D*S FLOPs per token, where S = cache.length + T before the call. One token on a long cache
+        allocates less than three copies of the cached keys would take: old keys are read, not rotated again.
         """
         raise NotImplementedError
 
@@ -242,7 +242,7 @@ class RaggedKVCache:
     """A cache whose B rows have lengths of their own. The arguments, `nbytes` and the buffers are those of KVCache.
 
     lengths: an attribute or property (B,), int64, how many positions each row has
-    length: a property, the largest of them, as an int
+    length: an attribute or property, the largest of them, as an int
     """
 
     def __init__(
