@@ -570,7 +570,7 @@ def whole(state, x, H, G, *, base=10000.0, layout="interleaved", positions=None,
 
 def assert_plain(layer, state, x, H, G):
     """Compare what comes out without a mask or a cache."""
-    close(layer(x), whole(state, x, H, G)[0], "without a mask and without a cache", atol=2e-5)
+    close(layer(x), whole(state, x, H, G)[0], "without a mask and without a cache", atol=1e-4)
 
 
 class Spy:
@@ -629,7 +629,7 @@ def test_the_layer_is_repeated_heads_with_torchs_attention(solution, randn, layo
     state, x = a_state(randn, 20, H, G, 8), randn(2, 5, 20)
     expected, _, _ = whole(state, x, H, G, layout=layout)
     layer = a_layer(solution, state, 20, H, G, 8, layout=layout)
-    close(layer(x), expected, f"{H} query heads, {G} key/value heads, pairs {layout}", atol=2e-5)
+    close(layer(x), expected, f"{H} query heads, {G} key/value heads, pairs {layout}", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -650,7 +650,7 @@ def test_with_a_group_for_each_head_it_is_the_layer_of_day_22(solution, randn, d
     old.load_state_dict(state)
     expected = old(x).detach().cpu()
     found = a_layer(solution, state, 24, 4, 4, 6)(x)
-    assert_close(found, expected, atol=5e-6, because="4 groups of one head: CachedAttention with the same weights")
+    assert_close(found, expected, atol=1e-4, because="4 groups of one head: CachedAttention with the same weights")
 
 
 @task("GroupedQueryAttention")
@@ -659,14 +659,14 @@ def test_interleaved_and_10000_are_the_defaults(solution, randn):
     positions = torch.tensor([0, 2, 3, 9, 20, 40])
     expected, _, _ = whole(state, x, 4, 2, positions=positions)
     found = a_layer(solution, state, 20, 4, 2, 8)(x, positions=positions.to(x.device))
-    close(found, expected, "layout='interleaved' and base=10000", atol=3e-5)
+    close(found, expected, "layout='interleaved' and base=10000", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
 def test_the_base_can_be_chosen(solution, randn):
     state, x = a_state(randn, 20, 4, 2, 8), randn(1, 6, 20)
     expected, _, _ = whole(state, x, 4, 2, base=100.0)
-    close(a_layer(solution, state, 20, 4, 2, 8, base=100.0)(x), expected, "base=100", atol=2e-5)
+    close(a_layer(solution, state, 20, 4, 2, 8, base=100.0)(x), expected, "base=100", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -678,7 +678,7 @@ def test_given_positions_turn_queries_and_keys(solution, randn, rows):
     layer = a_layer(solution, state, 20, 4, 2, 8)
     with unchanged(positions):
         found = layer(x, positions=positions)
-    close(found, expected, f"positions {tuple(positions.shape)} are where the tokens stand", atol=2e-5)
+    close(found, expected, f"positions {tuple(positions.shape)} are where the tokens stand", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -692,7 +692,7 @@ def test_a_mask_forbids_more(solution, randn, rand, shape):
     assert_plain(layer, state, x, 4, 2)
     with unchanged(mask, x):
         found = layer(x, mask=mask)
-    close(found, expected, f"a mask {shape} hides some of the past", atol=2e-5)
+    close(found, expected, f"a mask {shape} hides some of the past", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -703,7 +703,7 @@ def test_a_mask_never_shows_the_future(solution, randn, device):
     layer = a_layer(solution, state, 20, 4, 2, 8)
     assert_plain(layer, state, x, 4, 2)
     found = layer(x, mask=mask)
-    close(found, expected, "the mask is True everywhere, and the future stays hidden", atol=2e-5)
+    close(found, expected, "the mask is True everywhere, and the future stays hidden", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -713,7 +713,7 @@ def test_the_future_does_not_reach_the_past(solution, randn):
     before = layer(x)[:, :4].detach().cpu().clone()
     x[:, 4:] += 3.0
     after = layer(x)[:, :4].detach()
-    assert_close(after, before, atol=1e-5, because="tokens 4 and 5 were changed; outputs 0 to 3 may not notice")
+    assert_close(after, before, atol=1e-4, because="tokens 4 and 5 were changed; outputs 0 to 3 may not notice")
 
 
 @task("GroupedQueryAttention")
@@ -722,7 +722,7 @@ def test_any_chunks_give_what_the_whole_gives(solution, randn, sizes):
     state, x = a_state(randn, 20, 6, 2, 8), randn(2, 7, 20)
     expected, _, _ = whole(state, x, 6, 2)
     found = in_chunks(a_layer(solution, state, 20, 6, 2, 8), x, sizes, Spy())
-    close(found, expected, f"chunks of {sizes} tokens with a cache", atol=2e-5)
+    close(found, expected, f"chunks of {sizes} tokens with a cache", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -735,7 +735,7 @@ def test_random_chunks_give_what_the_whole_gives(solution, randn, randint, layou
     sizes = [size for size in sizes if size]
     expected, _, _ = whole(state, x, 4, 2, layout=layout)
     found = in_chunks(a_layer(solution, state, 20, 4, 2, 6, layout=layout), x, sizes, Spy())
-    close(found, expected, f"chunks of {sizes} tokens with a cache", atol=2e-5)
+    close(found, expected, f"chunks of {sizes} tokens with a cache", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -753,8 +753,8 @@ def test_the_cache_gets_rotated_keys_and_raw_values(solution, randn):
     _, keys, values = whole(state, x, 6, 2)
     spy = Spy()
     in_chunks(a_layer(solution, state, 20, 6, 2, 8), x, (3, 2), spy)
-    close(spy.keys, keys, "a key is turned once, before it is stored", atol=2e-5)
-    close(spy.values, values, "values are never turned", atol=2e-5)
+    close(spy.keys, keys, "a key is turned once, before it is stored", atol=1e-4)
+    close(spy.values, values, "values are never turned", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -763,10 +763,10 @@ def test_the_cache_of_day_22_serves(solution, randn, device):
     expected, _, _ = whole(state, x, 6, 3)
     cache = KVCache(2, 3, 10, 4, device=device)
     found = in_chunks(a_layer(solution, state, 20, 6, 3, 4), x, (2, 4, 1), cache)
-    close(found, expected, "KVCache(2, 3, 10, 4): 2 rows, 3 heads, 10 places, width 4", atol=2e-5)
+    close(found, expected, "KVCache(2, 3, 10, 4): 2 rows, 3 heads, 10 places, width 4", atol=1e-4)
     cache.reset()
     found = in_chunks(a_layer(solution, state, 20, 6, 3, 4), x, (7,), cache)
-    close(found, expected, "the same text again after reset", atol=2e-5)
+    close(found, expected, "the same text again after reset", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -778,7 +778,7 @@ def test_given_positions_come_before_the_length_of_the_cache(solution, randn):
     with torch.no_grad():
         for part in (slice(0, 3), slice(3, 5)):
             outs.append(layer(x[:, part], cache=spy, positions=positions[part].to(x.device)))
-    close(torch.cat(outs, 1), expected, "positions 2, 3, 7, then 8, 15", atol=2e-5)
+    close(torch.cat(outs, 1), expected, "positions 2, 3, 7, then 8, 15", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -804,7 +804,7 @@ def test_rows_of_different_lengths_give_what_each_gives_alone(solution, randn, d
     else:
         out = layer(x, mask=mask, positions=positions)
     for b, n in enumerate(lengths):
-        close(out[b, T - n :], alone[b][0], f"row {b} has {n} tokens and {T - n} places of padding", atol=2e-5)
+        close(out[b, T - n :], alone[b][0], f"row {b} has {n} tokens and {T - n} places of padding", atol=1e-4)
     assert_that(out.isfinite().all(), "places of padding see nothing; what comes out there is not NaN", value=out)
 
 
@@ -833,16 +833,16 @@ def test_gradients_reach_the_input_and_all_weights(solution, randn):
     got = {"x": ours.grad, **{name: weight.grad for name, weight in layer.named_parameters()}}
     want = {"x": theirs.grad, **{name: weight.grad for name, weight in weights.items()}}
     for name, grad in want.items():
-        assert_close(got[name], grad.cpu(), rtol=1e-5, atol=1e-5, because=f"the gradient of {name}")
+        assert_close(got[name], grad.cpu(), rtol=1e-3, atol=1e-3, because=f"the gradient of {name}")
 
 
 @task("GroupedQueryAttention")
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_the_output_has_the_dtype_of_the_input(solution, randn, kind):
-    state, x = a_state(randn, 20, 4, 2, 8, dtype=kind), randn(2, 5, 20, dtype=kind)
+    state, x = a_state(randn, 20, 4, 2, 8, dtype=kind), randn(2, 5, 20, dtype=kind, scale=0.25)
     expected, _, _ = whole(state, x, 4, 2)
     layer = a_layer(solution, state, 20, 4, 2, 8)
-    loose = {torch.bfloat16: 0.12, torch.float64: 2e-5}[kind]
+    loose = {torch.bfloat16: 0.05, torch.float64: 2e-5}[kind]
     assert_close(layer(x), expected.to(kind), rtol=loose, atol=loose, because=f"a layer in {kind}")
 
 
@@ -853,7 +853,7 @@ def test_a_view_as_input_is_left_alone(solution, randn):
     layer = a_layer(solution, state, 20, 4, 2, 8)
     with unchanged(x), global_rng_untouched():
         found = layer(x)
-    close(found, expected, "x has gaps", atol=2e-5)
+    close(found, expected, "x has gaps", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
@@ -878,7 +878,7 @@ def test_a_layer_that_cannot_be_is_refused(solution, arguments, options, named):
 def test_a_width_that_does_not_divide_is_fine_with_a_head_dim(solution, randn):
     state, x = a_state(randn, 7, 4, 2, 6), randn(1, 3, 7)
     expected, _, _ = whole(state, x, 4, 2)
-    close(a_layer(solution, state, 7, 4, 2, 6)(x), expected, "d_model 7, 4 heads of width 6", atol=2e-5)
+    close(a_layer(solution, state, 7, 4, 2, 6)(x), expected, "d_model 7, 4 heads of width 6", atol=1e-4)
 
 
 @task("GroupedQueryAttention")
