@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from checker.app import App
 from checker.cli import kata
+from checker.commands.check import _after
 from checker.errors import UserError
+from checker.workspace import Workspace
+from progress import Store
 
 TOY = Path(__file__).parent / "toy" / "katas"
 
@@ -89,6 +93,21 @@ def test_a_whole_day(say, fetched, learner):
     assert code == 0 and "Day 2 is fetched" in text
     code, text = say("check")
     assert code == 1 and "day 2" in text, "the day that was fetched last is checked"
+
+
+def test_what_follows_a_day_out_of_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KATA_WORKSPACE", raising=False)
+    Workspace.create(tmp_path)
+    app = App(None)
+    step = _after(app, app.track.find("3"))
+    assert step.startswith("kata start 4: ") and step.endswith("; `kata next` goes back to day 1")
+    assert _after(app, app.track.find("1")).startswith("kata next: day 2, ")
+    last = app.track.kata(app.track.slugs[-1])
+    assert _after(app, last).startswith("kata next: day 1, ")
+    ids = {app.track.id_of(slug) for slug in app.track.slugs}
+    monkeypatch.setattr(Store, "passed_katas", lambda self: ids - {last.id})
+    assert _after(app, last) == "all days are passed; `kata status` shows the whole track"
 
 
 def test_history_restore_and_reset_lose_nothing(say, fetched, learner):

@@ -205,6 +205,23 @@ def show(app: App, kata: Kata, verdict: Verdict, where: object) -> None:
     render.verdict(verdict, where, next_step=next_step(app, kata, verdict, hints))
 
 
+def _after(app: App, kata: Kata) -> str:
+    """What follows a passed day: what `kata next` fetches, and the day behind it where that is another one."""
+    passed = {kata.id}
+    with contextlib.suppress(UserError), app.store() as store:
+        passed |= store.passed_katas()
+    ahead = [slug for slug in app.track.slugs if app.track.id_of(slug) not in passed]
+    if not ahead:
+        return "all days are passed; `kata status` shows the whole track"
+    first, behind = app.track.kata(ahead[0]), app.track.after(kata.slug)
+    if behind in ahead[1:]:
+        after = app.track.kata(behind)
+        return (
+            f"kata start {after.day}: {after.title}, {after.minutes} minutes; `kata next` goes back to day {first.day}"
+        )
+    return f"kata next: day {first.day}, {first.title}, {first.minutes} minutes"
+
+
 def next_step(app: App, kata: Kata, verdict: Verdict, hints: dict[str, int]) -> str:
     """The one thing to do now."""
     if verdict.outcome == PASS:
@@ -212,11 +229,7 @@ def next_step(app: App, kata: Kata, verdict: Verdict, hints: dict[str, int]) -> 
             kata.tasks
         ):
             return "kata check: all tasks of the day"
-        following = app.track.after(kata.slug)
-        if following is None:
-            return "that was the last day; `kata status` shows the whole track"
-        after = app.track.kata(following)
-        return f"kata next: day {after.day}, {after.title}, {after.minutes} minutes"
+        return _after(app, kata)
     if verdict.outcome == "failed":
         for task in sorted(verdict.tasks, key=lambda item: (item.level != "core", item.state == "open")):
             if task.state not in ("passed", "not run"):
