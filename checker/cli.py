@@ -188,6 +188,31 @@ def doctor(app: Any) -> None:
 
 
 @kata.command()
+@click.argument("what", nargs=-1, type=click.Choice(["mha", "gqa", "mqa", "mla", "deepseek"]))
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True, help="What to measure."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.05, 60), default=0.5, show_default=True, help="How long each thing is timed."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Also write everything as JSON."
+)
+@click.option(
+    "--png",
+    "png_file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Also draw the roofline (needs the extra `plots`).",
+)
+def bench(what: tuple[str, ...], **options: Any) -> None:
+    """Measure decoding: attention with every kind of cache, and a DeepSeek model (all by default)."""
+    from checker.commands import bench as verb
+
+    verb.bench(what, **options)
+
+
+@kata.command()
 @click.argument("folder", metavar="DIR")
 @click.pass_obj
 def init(app: Any, folder: str) -> None:

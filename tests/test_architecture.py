@@ -29,9 +29,9 @@ def name_of(file):
     return file.relative_to(ROOT / "checker").as_posix()
 
 
-def test_only_the_judge_and_testing_import_torch():
+def test_only_the_judge_the_bench_and_testing_import_torch():
     users = {name_of(file) for file in MODULES if any(name == "torch" for name, _ in imports(file))}
-    assert {name for name in users if not name.startswith("judge/") and name != "testing.py"} == set()
+    assert {name for name in users if not name.startswith(("judge/", "bench/")) and name != "testing.py"} == set()
     assert users
 
 

@@ -1,7 +1,10 @@
 """Comparisons of the references with the classes of transformers, run offline on one thread."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # for `tiny`
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
