@@ -93,6 +93,15 @@ class _Wrong(right.SelfAttention):
 
 @misconception(
     "SelfAttention",
+    "Your scale is that of the model's width. The dot products run over the width of the head, and the scale follows it.",
+)
+class SelfAttention__scale_of_the_model(_Wrong):
+    def forward(self, x, mask=None, *, causal=False):
+        return self.o_proj(attention(*self.qkv(x), self.masks(x, mask, causal), x.shape[-1] ** -0.5)[0])
+
+
+@misconception(
+    "SelfAttention",
     "Queries and keys come from one projection. That makes the scores symmetric: what A gives to B, B would give to A.",
 )
 class SelfAttention__one_projection_for_two(_Wrong):
@@ -129,15 +138,6 @@ class SelfAttention__keys_as_values(_Wrong):
 class SelfAttention__no_output_projection(_Wrong):
     def forward(self, x, mask=None, *, causal=False):
         return attention(*self.qkv(x), self.masks(x, mask, causal))[0]
-
-
-@misconception(
-    "SelfAttention",
-    "Your scale is that of the model's width. The dot products run over the width of the head, and the scale follows it.",
-)
-class SelfAttention__scale_of_the_model(_Wrong):
-    def forward(self, x, mask=None, *, causal=False):
-        return self.o_proj(attention(*self.qkv(x), self.masks(x, mask, causal), x.shape[-1] ** -0.5)[0])
 
 
 @misconception(
@@ -357,6 +357,17 @@ def masked_self_attention__outputs_left(module, x, lengths, *, causal):
 def masked_self_attention__nan_survives(module, x, lengths, *, causal):
     valid = _valid(x, lengths)
     return module(x, valid[:, None, None, :], causal=causal).masked_fill(~valid[..., None], 0.0)
+
+
+@misconception(
+    "masked_self_attention",
+    "Your mask has as many keys as the longest row, and x has T places. Where T is larger the two do not fit, and a mask of "
+    "a single key is even stretched over all places, with no error to tell.",
+)
+def masked_self_attention__keys_of_the_longest_row(module, x, lengths, *, causal):
+    valid = _valid(x, lengths)[..., None]
+    mask = right.padding_mask(lengths, x.shape[1])
+    return module(x.masked_fill(~valid, 0.0), mask, causal=causal).masked_fill(~valid, 0.0)
 
 
 @misconception(

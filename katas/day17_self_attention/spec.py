@@ -102,7 +102,7 @@ def test_an_empty_batch_of_lengths(solution, device, n, tq):
 @task("padding_mask")
 def test_no_queries(solution, device):
     got = solution.padding_mask(torch.tensor([2, 3], device=device), 0)
-    assert_close(got, torch.zeros(2, 1, 0, 3, dtype=torch.bool, device=device), because="(B, 1, tq, T)")
+    assert_close(got, torch.zeros(2, 1, 0, 3, dtype=torch.bool, device=device), because="(B, 1, tq, S)")
 
 
 # SelfAttention
@@ -136,14 +136,24 @@ def test_there_is_no_bias_by_default(solution):
 
 
 @task("SelfAttention")
-@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
-@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("shape", [(2, 5, 4), (1, 6, 4), (3, 3, 4), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape, causal, bias",
+    [
+        ((2, 5, 4), False, False),
+        ((2, 5, 4), True, True),
+        ((1, 6, 4), True, False),
+        ((3, 3, 4), False, True),
+        ((4, 4, 4), True, True),
+    ],
+    ids=["(2, 5, 4)", "causal, bias, (2, 5, 4)", "causal, (1, 6, 4)", "bias, (3, 3, 4)", "causal, bias, (4, 4, 4)"],
+)
 def test_it_is_the_formula_between_projections(solution, randn, device, dtype, shape, causal, bias):
     module = self_attention(solution, randn, 4, 3, 5, bias=bias, dtype=dtype, device=device)
     x = randn(*shape, dtype=dtype)
     expected = head(module.state_dict(), x, x, lower(shape[1], device) if causal else None)
-    assert_close(module(x, causal=causal), expected, because="o_proj(attention(q, k, v))", **TIGHT[dtype])
+    assert_close(
+        module(x, causal=causal), expected, because="o_proj of the mixtures of attention(q, k, v)", **TIGHT[dtype]
+    )
 
 
 @task("SelfAttention")
@@ -178,8 +188,20 @@ def test_causality_sees_the_order(solution, randn, device):
 
 
 @task("SelfAttention")
-@pytest.mark.parametrize("form", [(5, 5), (3, 5, 5), (3, 1, 5, 5), (3, 1, 1, 5), (1, 5), (1, 1, 5, 5)], ids=str)
-@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(
+    "form, causal",
+    [
+        ((5, 5), False),
+        ((5, 5), True),
+        ((3, 5, 5), True),
+        ((3, 1, 5, 5), False),
+        ((3, 1, 5, 5), True),
+        ((3, 1, 1, 5), False),
+        ((1, 5), True),
+        ((1, 1, 5, 5), True),
+    ],
+    ids=str,
+)
 def test_masks_of_each_form(solution, randn, device, form, causal):
     module = self_attention(solution, randn, 4, 2, bias=True, dtype=F64, device=device)
     x, mask = randn(3, 5, 4, dtype=F64), randn(*form) > 0
@@ -447,8 +469,11 @@ def padded(module, x, lengths, causal):
 
 @task("masked_self_attention")
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("lengths", [[2, 5, 1], [5, 5, 5], [1, 1, 1]], ids=str)
-@pytest.mark.parametrize("T", [5, 8], ids=["T=5", "T=8"])
+@pytest.mark.parametrize(
+    "lengths, T",
+    [([2, 5, 1], 5), ([2, 5, 1], 8), ([5, 5, 5], 5), ([5, 5, 5], 8), ([1, 1, 1], 5), ([1, 1, 1], 8)],
+    ids=str,
+)
 def test_each_row_as_if_alone(solution, reference, randn, device, lengths, causal, T):
     module = filled(reference.SelfAttention(4, 3, 2, bias=True).to(device), randn, F64)
     x = randn(3, T, 4, dtype=F64)

@@ -2,6 +2,12 @@
 
 x is (B, T, D), a context (B, S, Dc), a head has width Dh. A mask is boolean, and True means: this query may attend
 to this key.
+
+From day 16, where a mask of None allows every key:
+    attention(q, k, v, mask=None, scale=None) returns a pair, the mixtures (B, T, Dv) and the weights (B, T, S);
+        its mask broadcasts to the weights
+    causal_mask(tq, tk, *, offset=None, device=None) returns a mask (tq, tk)
+    combine_masks(*masks) returns the mask that allows what all of them allow, or None if all are None
 """
 
 from __future__ import annotations
@@ -25,17 +31,18 @@ def segment_mask(segments: Tensor) -> Tensor:
 
 
 def padding_mask(lengths: Tensor, tq: int) -> Tensor:
-    """Return the boolean mask (B, 1, tq, T) in which every query of row b sees the keys j < lengths[b].
+    """Return the boolean mask (B, 1, tq, S) in which every query of row b sees the keys j < lengths[b].
 
-    lengths: integers (B,); T is the largest of them, and 0 if B is 0. A length may be 0.
+    lengths: integers (B,); the number of keys S is the largest of them, and 0 if B is 0. A length may be 0.
     The mask is on the device of `lengths`. No loops.
     """
     raise NotImplementedError
 
 
 class SelfAttention(nn.Module):
-    """One head of attention from a sequence to itself: o_proj(attention(q_proj(x), k_proj(x), v_proj(x))).
+    """One head of attention from a sequence to itself.
 
+    q_proj(x), k_proj(x) and v_proj(x) go into `attention`; o_proj of the mixtures, the first of its pair, is the output.
     The four projections are linear layers with these names, so that the state dict has `q_proj.weight` (Dh, D),
     `k_proj.weight` (Dh, D), `v_proj.weight` (Dh, D) and `o_proj.weight` (d_out, Dh), and with bias=True the four
     biases of their outputs. d_head None means d_model, d_out None means d_model.
@@ -50,7 +57,8 @@ class SelfAttention(nn.Module):
         mask: (T, T), (B, T, T) or (B, 1, T, T), or anything that broadcasts to one of these; None = every key
         causal: in addition, place i sees the places up to i only. Masks and causality hold together.
         The scale is Dh ** -0.5. A place that sees nothing gets o_proj of zeros. Neither x nor mask is changed,
-        and gradients flow to x and to all parameters. A wrong width of x raises ValueError with both shapes.
+        and gradients flow to x and to all parameters. A wrong width of x raises ValueError with two shapes in its
+        message: that of x and that of q_proj.weight.
         Cost: six matrix products, four of projections and two of attention.
         """
         raise NotImplementedError
@@ -70,8 +78,9 @@ class CrossAttention(nn.Module):
 
         context_mask: (B, S), True where the context may be read; None = everywhere. A row with nothing to read gives
             zeros. What hidden context holds changes nothing, as long as it is finite.
-        None of the inputs is changed. ValueError with both shapes when x and context differ in B, and when
-        context_mask is not (B, S). Cost: six matrix products.
+        None of the inputs is changed. Cost: six matrix products.
+        ValueError, with the shapes of x and context in its message, when these differ in B; with the shapes of
+        context_mask and context (or (B, S) for the latter), when context_mask is not (B, S).
         """
         raise NotImplementedError
 
@@ -93,8 +102,9 @@ def masked_self_attention(module: SelfAttention, x: Tensor, lengths: Tensor, *, 
     What the valid places give is what the row gives alone, without its padding: neither the content of the padding
     (NaN and infinity included) nor its amount changes it, and no gradient reaches the padding. Outputs of padding are
     zeros. A length may be 0; T may be larger than all lengths.
-    module: called as module(x, mask, causal=...), with a mask as `SelfAttention` takes it
-    lengths: integers (B,). Another shape raises ValueError with both shapes.
+    module: called as module(x, mask, causal=...), with a mask as `SelfAttention` takes it. Such a mask has T keys, one
+        for each place of x, also when every row is shorter than T.
+    lengths: integers (B,). Another shape raises ValueError with the shapes of lengths and x in its message.
     """
     raise NotImplementedError
 
@@ -105,7 +115,8 @@ def window_mask(
     """Return the boolean mask (tq, tk) in which query i sees the keys i + offset - window < j <= i + offset.
 
     These are its own place and the window - 1 places before it: window 1 is its own place alone, and a window of all
-    places is the causal mask. offset None means tk - tq, and 0 is 0. It may be negative. The mask is on `device`. No loops.
+    places is the causal mask. Without an offset (None) it is tk - tq, so that the last query stands at the last key. A
+    given offset counts as it is, also when it is 0 or negative. The mask is on `device`. No loops.
     """
     raise NotImplementedError
 
@@ -133,6 +144,9 @@ def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     All other entries are kept as they are. The parts share no memory with the fused matrix; `state` is not changed.
     """
     raise NotImplementedError
+
+
+# The task linear_attention: one function in two forms, `parallel` and `recurrent`.
 
 
 def parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -480,7 +480,7 @@ def test_it_is_the_layer_of_day_23_with_one_group(solution, randn, device, layou
     old.load_state_dict(state)
     expected = old(x).detach().cpu()
     found = a_layer(solution, state, 20, 6, 8, layout=layout)(x)
-    assert_close(found, expected, atol=1e-5, because=f"GroupedQueryAttention with n_kv_heads = 1, pairs {layout}")
+    assert_close(found, expected, atol=1e-4, because=f"GroupedQueryAttention with n_kv_heads = 1, pairs {layout}")
 
 
 @task("MultiQueryAttention")
@@ -489,14 +489,14 @@ def test_interleaved_and_10000_are_the_defaults(solution, randn):
     positions = torch.tensor([0, 2, 3, 9, 20, 40])
     expected, _, _ = whole(state, x, 4, positions=positions)
     found = a_layer(solution, state, 20, 4, 8)(x, positions=positions.to(x.device))
-    close(found, expected, "layout='interleaved' and base=10000", atol=3e-5)
+    close(found, expected, "layout='interleaved' and base=10000", atol=1e-4)
 
 
 @task("MultiQueryAttention")
 def test_the_base_can_be_chosen(solution, randn):
     state, x = a_state(randn, 20, 4, 8), randn(1, 6, 20)
     expected, _, _ = whole(state, x, 4, base=100.0)
-    close(a_layer(solution, state, 20, 4, 8, base=100.0)(x), expected, "base=100", atol=2e-5)
+    close(a_layer(solution, state, 20, 4, 8, base=100.0)(x), expected, "base=100", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -508,7 +508,7 @@ def test_given_positions_turn_queries_and_keys(solution, randn, rows):
     layer = a_layer(solution, state, 20, 4, 8)
     with unchanged(positions, x):
         found = layer(x, positions=positions)
-    close(found, expected, f"positions {tuple(positions.shape)} are where the tokens stand", atol=2e-5)
+    close(found, expected, f"positions {tuple(positions.shape)} are where the tokens stand", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -519,10 +519,10 @@ def test_a_mask_forbids_more(solution, randn, rand, shape):
     mask[..., 0] = True
     plain, expected = whole(state, x, 4)[0], whole(state, x, 4, mask=mask)[0]
     layer = a_layer(solution, state, 20, 4, 8)
-    close(layer(x), plain, "without a mask and without a cache", atol=2e-5)
+    close(layer(x), plain, "without a mask and without a cache", atol=1e-4)
     with unchanged(mask):
         found = layer(x, mask=mask)
-    close(found, expected, f"a mask {shape} hides some of the past", atol=2e-5)
+    close(found, expected, f"a mask {shape} hides some of the past", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -531,8 +531,8 @@ def test_a_mask_never_shows_the_future(solution, randn, device):
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device=device)
     expected, _, _ = whole(state, x, 4)
     layer = a_layer(solution, state, 20, 4, 8)
-    close(layer(x), expected, "without a mask and without a cache", atol=2e-5)
-    close(layer(x, mask=mask), expected, "the mask is True everywhere, and the future stays hidden", atol=2e-5)
+    close(layer(x), expected, "without a mask and without a cache", atol=1e-4)
+    close(layer(x, mask=mask), expected, "the mask is True everywhere, and the future stays hidden", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -541,7 +541,7 @@ def test_any_chunks_give_what_the_whole_gives(solution, randn, sizes):
     state, x = a_state(randn, 20, 6, 8), randn(2, 7, 20)
     expected, _, _ = whole(state, x, 6)
     found = in_chunks(a_layer(solution, state, 20, 6, 8), x, sizes, Spy())
-    close(found, expected, f"chunks of {sizes} tokens with a cache", atol=2e-5)
+    close(found, expected, f"chunks of {sizes} tokens with a cache", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -559,8 +559,8 @@ def test_the_cache_gets_rotated_keys_and_raw_values(solution, randn):
     _, keys, values = whole(state, x, 6)
     spy = Spy()
     in_chunks(a_layer(solution, state, 20, 6, 8), x, (3, 2), spy)
-    close(spy.keys, keys, "a key is turned once, before it is stored", atol=2e-5)
-    close(spy.values, values, "values are never turned", atol=2e-5)
+    close(spy.keys, keys, "a key is turned once, before it is stored", atol=1e-4)
+    close(spy.values, values, "values are never turned", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -569,7 +569,7 @@ def test_the_cache_of_day_22_serves(solution, randn, device):
     expected, _, _ = whole(state, x, 6)
     cache = KVCache(2, 1, 10, 4, device=device)
     found = in_chunks(a_layer(solution, state, 20, 6, 4), x, (2, 4, 1), cache)
-    close(found, expected, "KVCache(2, 1, 10, 4): 2 rows, 1 head, 10 places, width 4", atol=2e-5)
+    close(found, expected, "KVCache(2, 1, 10, 4): 2 rows, 1 head, 10 places, width 4", atol=1e-4)
 
 
 @task("MultiQueryAttention")
@@ -581,8 +581,8 @@ def test_a_padded_row_gives_what_it_gives_alone(solution, randn, device):
     positions = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]], device=device)
     real = torch.tensor([[False] * 2 + [True] * 3, [True] * 5], device=device)
     out = a_layer(solution, state, 20, 4, 8)(x, mask=real[:, None, None], positions=positions)
-    close(out[1:], other, "row 1 has no padding", atol=2e-5)
-    close(out[:1, 2:], alone, "row 0 has two places of padding and three tokens", atol=2e-5)
+    close(out[1:], other, "row 1 has no padding", atol=1e-4)
+    close(out[:1, 2:], alone, "row 0 has two places of padding and three tokens", atol=1e-4)
     assert_that(out.isfinite().all(), "what comes out at places of padding is not NaN")
 
 
@@ -633,7 +633,7 @@ def test_one_token_costs_its_projections_and_two_products(solution, randn, devic
     state = a_state(randn, d_model, H, Dh)
     layer, x = a_layer(solution, state, d_model, H, Dh), randn(1, S, d_model)
     expected, _, _ = whole(state, x[:, :5], H)
-    close(layer(x[:, :5]), expected, "without a mask and without a cache", atol=2e-5)
+    close(layer(x[:, :5]), expected, "without a mask and without a cache", atol=1e-4)
     cache = KVCache(1, 1, 80, Dh, device=device)
     in_chunks(layer, x[:, :-2], (S - 2,), cache)
     with torch.no_grad():
@@ -753,17 +753,21 @@ def test_dtypes_stay(solution, randn, generator, method, kind):
 @task("convert_checkpoint")
 @pytest.mark.parametrize("method", ["mean", "first"])
 def test_heads_that_agree_lose_nothing(solution, randn, device, method):
-    state = many_heads(randn, 4, 4, 10, bias=False)
+    state = many_heads(randn, 4, 4, 10, bias=False, dtype=torch.float64)
     for name in ("k_proj.weight", "v_proj.weight"):
         heads = state[name].view(2, 2, 4, 10)
         heads[:, 1] = heads[:, 0]
-    x = randn(2, 5, 10)
+    x = randn(2, 5, 10, dtype=torch.float64)
     old, new = GroupedQueryAttention(10, 4, 4, head_dim=4), GroupedQueryAttention(10, 4, 2, head_dim=4)
     old.load_state_dict(state)
-    expected = old.to(device)(x).detach().cpu()
+    expected = old.to(device, torch.float64)(x).detach().cpu()
     new.load_state_dict(solution.convert_checkpoint(state, 4, 2, method))
     assert_close(
-        new.to(device)(x), expected, atol=1e-4, rtol=1e-4, because="the heads of a group are equal: same outputs"
+        new.to(device, torch.float64)(x),
+        expected,
+        atol=1e-6,
+        rtol=1e-6,
+        because="the heads of a group are equal: same outputs",
     )
 
 
@@ -1003,7 +1007,7 @@ def test_the_weights_are_those_of_adam(solution, randn, train):
         if name not in names:
             assert_equal(p.detach(), before[name], because=f"{name} is neither of k_proj nor of v_proj: bit for bit")
         else:
-            assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-8, because=f"{name} after five steps of Adam")
+            assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-7, because=f"{name} after five steps of Adam")
 
 
 @task("uptrain")
@@ -1015,7 +1019,7 @@ def test_old_gradients_have_no_influence(solution, randn):
     solution.uptrain(student, teacher, batches, 2, 0.05)
     found = student.k_proj.weight.detach()
     because = "gradients from before the training were lying in the student"
-    assert_close(found, expected["k_proj.weight"], rtol=1e-6, atol=1e-8, because=because)
+    assert_close(found, expected["k_proj.weight"], rtol=1e-6, atol=1e-7, because=because)
 
 
 @task("uptrain")
