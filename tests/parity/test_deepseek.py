@@ -94,7 +94,9 @@ def test_a_padded_batch(style, name):
 def test_greedy_generation(style, name):
     theirs, mine = pair(style, name)
     prompt = tokens()[:, :9]
-    wanted = theirs.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    wanted = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
     caches, got = mine.new_caches(BATCH, 21), prompt
     step = prompt
     for _ in range(12):
