@@ -140,9 +140,9 @@ class Skip(NamedTuple):
 def map_keys(names: Iterable[str], cfg: DeepSeekConfig) -> dict[str, str | Skip]:
     """Return for each name of a published checkpoint the name that it feeds in DeepSeekForCausalLM(cfg), or a Skip.
 
-    A checkpoint of the bare model (without head in the class) writes names without "model." in front:
+    Names may lack "model." in front, as in files that were written from the part below the head:
     "layers.0.mlp.up_proj.weight" feeds "model.layers.0.mlp.up_proj.weight". All other names feed themselves, those of
-    single experts included ("model.layers.3.mlp.experts.17.down_proj.weight").
+    single experts included ("model.layers.3.mlp.experts.17.down_proj.weight"); "lm_head.weight" never has a "model.".
 
     Skipped, each with a `why` that is not empty, with "model." in front or without:
     - every tensor of a layer whose number is num_hidden_layers or larger: it predicts further ahead
@@ -193,7 +193,7 @@ def load_pretrained(model: DeepSeekForCausalLM, tensors: Mapping[str, Tensor]) -
 
 
 def init_weights_(model: nn.Module, std: float, *, generator: torch.Generator) -> None:
-    """Fill every parameter and every saved buffer of any model.
+    """Fill every parameter and every saved buffer of a model, all of which are floating point.
 
     A name that ends in "bias" gets zeros, every other tensor with a single axis ones (they belong to norms), and
     everything else independent numbers from N(0, std): matrices, embeddings, routers. Buffers that are not in the state
