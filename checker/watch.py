@@ -79,8 +79,8 @@ class Reader(ModalScreen[None]):
         self.draw()
 
     def draw(self) -> None:
-        """Put the page's lines in place."""
-        self.query_one("#page", Static).update(join(self.make(max(self.app.size.width - 6, 40))))
+        """Put the page's lines in place; border, padding and scroll bar take eight columns."""
+        self.query_one("#page", Static).update(join(self.make(max(self.app.size.width - 8, 40))))
 
     def on_key(self, event: Any) -> None:
         """Close, unless the key scrolls."""
