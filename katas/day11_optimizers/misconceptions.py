@@ -440,6 +440,15 @@ class SGD__buffer_is_the_gradient(_SGD):
 
 @misconception(
     "SGD",
+    "Your buffer is the .grad tensor itself, and later steps write into it. The next backward fills the same tensor, and then the buffer is multiplied and added to itself: the past is gone, and the caller's gradient is changed as well. Begin the buffer with a copy.",
+)
+class SGD__buffer_is_the_gradient_and_is_written(SGD__buffer_is_the_gradient):
+    def later(self, b, g, group):
+        return b.mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
+
+
+@misconception(
+    "SGD",
     "The parameters have not moved. p = p - ... computes a new tensor and gives it a local name; the model still holds the old one. Write into p.",
 )
 class SGD__rebinds_the_name(_SGD):
@@ -586,7 +595,7 @@ class _Moments(_Loop):
         if self.coupled:
             grad = grad.add(p, alpha=group["weight_decay"])
         state = self.memory(p)
-        t = self.age(state)
+        t = self.age(state, group)
         self.means(state, grad, *group["betas"])
         self.move(p, state, group, t)
 
@@ -600,7 +609,7 @@ class _Moments(_Loop):
             state.update(m=torch.zeros_like(p), v=torch.zeros_like(p), t=0)
         return state
 
-    def age(self, state):
+    def age(self, state, group):
         state["t"] += 1
         return state["t"]
 
@@ -739,32 +748,73 @@ class Adam__first_correction_for_ever(_Moments):
     "The steps are counted from 1 and then counted on before they are used, so the corrections of the second step are made in the first.",
 )
 class Adam__one_step_old(_Moments):
-    def age(self, state):
-        return super().age(state) + 1
+    def age(self, state, group):
+        return super().age(state, group) + 1
 
 
 @misconception(
     "Adam",
-    "One counter serves all parameters. A parameter that gets its first gradient late is corrected as if its means were old, and its first step is far off. A parameter without gradient must not age.",
+    "One counter serves all parameters of a group. A parameter that gets its first gradient late is corrected as if its means were old, and its first step is far off. A parameter without gradient must not age.",
 )
 class Adam__one_counter_for_all(_Moments):
     def before(self):
-        group = self.param_groups[0]
-        group["steps"] = group.get("steps", 0) + 1
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
 
-    def age(self, state):
-        return self.param_groups[0]["steps"]
+    def age(self, state, group):
+        return group["steps"]
 
 
 @misconception(
     "Adam",
-    "The counter goes up once for every parameter, not once per step: with four parameters it runs four times as fast. Each parameter needs its own.",
+    "One counter serves the whole optimizer: it counts calls of step, not updates. A parameter that gets its first gradient late is corrected as if its means were old, and its first step is far off. Each parameter needs a count of its own, in its state, where state_dict finds it.",
+)
+class Adam__one_counter_on_the_instance(_Moments):
+    t = 0
+
+    def before(self):
+        self.t += 1
+
+    def age(self, state, group):
+        return self.t
+
+
+@misconception(
+    "Adam",
+    "The counter goes up once for every parameter, not once per step: with four parameters in a group it runs four times as fast. Each parameter needs its own.",
 )
 class Adam__counts_parameters(_Moments):
-    def age(self, state):
-        group = self.param_groups[0]
+    def age(self, state, group):
         group["steps"] = group.get("steps", 0) + 1
         return group["steps"]
+
+
+@misconception(
+    "Adam",
+    "The optimizer has one counter, and it goes up in the loop over the parameters: each of them is corrected with another number, and with four parameters it runs four times as fast. Each needs a count of its own, in its state, where state_dict finds it.",
+)
+class Adam__counts_parameters_on_the_instance(_Moments):
+    t = 0
+
+    def age(self, state, group):
+        self.t += 1
+        return self.t
+
+
+@misconception(
+    "Adam",
+    "The counter is a tensor in the dtype of the parameter. In bfloat16 256 + 1 is 256 again, so it stands still from then on and the corrections never fade. Count with an int.",
+)
+class Adam__counter_rounds(_Moments):
+    def memory(self, p):
+        state = self.state[p]
+        if "m" not in state:
+            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p), t=torch.zeros((), dtype=p.dtype))
+        return state
+
+    def age(self, state, group):
+        state["t"] += 1
+        return state["t"].item()
 
 
 @misconception(
@@ -772,7 +822,7 @@ class Adam__counts_parameters(_Moments):
     "The number of updates is not in state_dict: it is an attribute of your own. The resumed run has old means and a new counter, so the old means are blown up once more.",
 )
 class Adam__forgets_its_age(_Moments):
-    def age(self, state):
+    def age(self, state, group):
         ages = self.__dict__.setdefault("ages", {})
         ages[id(state["m"])] = ages.get(id(state["m"]), 0) + 1
         return ages[id(state["m"])]
@@ -878,6 +928,15 @@ class AdamW__decay_without_the_rate(_Decoupled):
 
 @misconception(
     "AdamW",
+    "A weight loses lr of itself at each step, whatever weight_decay is: the setting is not in the factor. With an lr of 0.1 and gradients of zero, 0.9 of it is left after one step, also where weight_decay is 0.",
+)
+class AdamW__decay_without_weight_decay(_Decoupled):
+    def decay(self, p, group):
+        p.mul_(1 - group["lr"])
+
+
+@misconception(
+    "AdamW",
     "The decay comes after the step and takes a part of the step with it: a weight that was 0 has already lost some of its first move. Decay first.",
 )
 class AdamW__decay_after_the_step(_Decoupled):
@@ -953,6 +1012,34 @@ class AdamW__decay_makes_grow(_Decoupled):
 class AdamW__one_counter_for_all(_Decoupled):
     before = Adam__one_counter_for_all.before
     age = Adam__one_counter_for_all.age
+
+
+@misconception(
+    "AdamW",
+    "One counter serves the whole optimizer: it counts calls of step, not updates. Whoever comes late gets a first step that is far off. Count the updates of each parameter, in its state, where state_dict finds the number.",
+)
+class AdamW__one_counter_on_the_instance(_Decoupled):
+    t = 0
+    before = Adam__one_counter_on_the_instance.before
+    age = Adam__one_counter_on_the_instance.age
+
+
+@misconception(
+    "AdamW",
+    "The optimizer has one counter, and it goes up in the loop over the parameters, so that each of them is corrected with another number. Each needs a count of its own, in its state, where state_dict finds it.",
+)
+class AdamW__counts_parameters_on_the_instance(_Decoupled):
+    t = 0
+    age = Adam__counts_parameters_on_the_instance.age
+
+
+@misconception(
+    "AdamW",
+    "The counter is a tensor in the dtype of the parameter. In bfloat16 it stops at 256, and with it the corrections. Count with an int.",
+)
+class AdamW__counter_rounds(_Decoupled):
+    memory = Adam__counter_rounds.memory
+    age = Adam__counter_rounds.age
 
 
 @misconception(
@@ -1215,6 +1302,22 @@ class _Together(_Foreach):
 class ForeachAdamW__age_of_the_first(_Together):
     def ages(self, states):
         return [states[0]["step"]] * len(states)
+
+
+@misconception(
+    "ForeachAdamW",
+    "One counter serves the whole optimizer: it counts calls of step, not updates, and whoever comes late gets a first step that is far off. The factors are a list with the number of updates of each parameter, which lies in its state.",
+)
+class ForeachAdamW__one_counter_on_the_instance(_Together):
+    t = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.t += 1
+        return super().step(closure)
+
+    def ages(self, states):
+        return [self.t] * len(states)
 
 
 @misconception(

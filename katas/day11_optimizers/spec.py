@@ -38,90 +38,98 @@ each_adam = pytest.mark.parametrize("name", [pytest.param(name, marks=task(name)
 # cosine_lr
 
 
-def rates(solution, steps, **settings):
-    return torch.tensor([solution.cosine_lr(step, **settings) for step in steps], dtype=WIDE)
+def check_rates(solution, expected, because, **settings):
+    """Compare the rate of each step with `expected`, a dict, call by call: the call that is shown is the wrong one."""
+    for step, rate in expected.items():
+        assert_close(solution.cosine_lr(step, **settings), rate, because=because)
 
 
 @task("cosine_lr")
 def test_the_whole_schedule_is_the_table_of_the_formula(solution, rand):
-    top, low = rand(2).double().cpu().numpy() * [2.0, 0.1] + [1.0, 0.05]
+    top, low = (rand(2).double().cpu().numpy() * [2.0, 0.1] + [1.0, 0.05]).tolist()
     ramp = np.interp(np.arange(6), [-1, 6], [0.0, top])
     fall = top - (top - low) * np.sin(np.pi / 2 * np.arange(13) / 13) ** 2
-    expected = torch.from_numpy(np.concatenate([ramp, fall, np.full(4, low)]))
-    found = rates(solution, range(23), lr_max=float(top), lr_min=float(low), warmup=6, total=19)
-    assert_close(found, expected, because="steps 0 to 22 with warmup 6 and total 19")
+    expected = dict(enumerate(np.concatenate([ramp, fall, np.full(4, low)]).tolist()))
+    settings = {"lr_max": top, "lr_min": low, "warmup": 6, "total": 19}
+    check_rates(solution, expected, "steps 0 to 22 with warmup 6 and total 19", **settings)
 
 
 @task("cosine_lr")
 def test_the_first_step_is_one_part_of_the_ramp(solution):
-    found = rates(solution, [0], lr_max=0.9, lr_min=0.3, warmup=8, total=30)
-    assert_close(found, torch.tensor([0.1], dtype=WIDE), because="0.9 / (8 + 1)")
+    check_rates(solution, {0: 0.1}, "0.9 / (8 + 1)", lr_max=0.9, lr_min=0.3, warmup=8, total=30)
 
 
 @task("cosine_lr")
 def test_step_warmup_is_the_first_with_the_full_rate(solution):
-    found = rates(solution, [3, 4, 5], lr_max=0.5, lr_min=0.0, warmup=4, total=24)
-    expected = torch.tensor([0.4, 0.5, 0.25 + 0.25 * math.cos(math.pi / 20)], dtype=WIDE)
-    assert_close(found, expected, because="the steps around warmup 4")
+    expected = {3: 0.4, 4: 0.5, 5: 0.25 + 0.25 * math.cos(math.pi / 20)}
+    check_rates(solution, expected, "the steps around warmup 4", lr_max=0.5, lr_min=0.0, warmup=4, total=24)
 
 
 @task("cosine_lr")
 def test_the_ramp_grows_by_equal_amounts(solution):
-    found = rates(solution, range(7), lr_max=0.7, lr_min=0.2, warmup=6, total=9)
-    assert_close(found.diff(), torch.full((6,), 0.1, dtype=WIDE), because="differences of steps 0 to 6, warmup 6")
+    settings = {"lr_max": 0.7, "lr_min": 0.2, "warmup": 6, "total": 9}
+    before = solution.cosine_lr(0, **settings)
+    for step in range(1, 7):
+        rate = solution.cosine_lr(step, **settings)
+        assert_close(rate - before, 0.1, because=f"the rate of step {step} less that of the step before it")
+        before = rate
 
 
 @task("cosine_lr")
 def test_half_way_down_is_the_mean_of_both_rates(solution):
-    found = rates(solution, [5, 10, 15, 20, 25], lr_max=0.8, lr_min=0.2, warmup=5, total=25)
     quarter = 0.3 * math.cos(math.pi / 4)
-    expected = torch.tensor([0.8, 0.5 + quarter, 0.5, 0.5 - quarter, 0.2], dtype=WIDE)
-    assert_close(found, expected, because="quarters of the way from step 5 to step 25")
+    expected = {15: 0.5, 5: 0.8, 10: 0.5 + quarter, 20: 0.5 - quarter, 25: 0.2}
+    because = "quarters of the way from step 5 to step 25"
+    check_rates(solution, expected, because, lr_max=0.8, lr_min=0.2, warmup=5, total=25)
 
 
 @task("cosine_lr")
 def test_the_lowest_rate_is_reached_at_total_and_kept(solution):
-    found = rates(solution, [20, 21, 27, 35, 1000], lr_max=0.8, lr_min=0.2, warmup=5, total=20)
-    assert_close(found, torch.full((5,), 0.2, dtype=WIDE), because="steps from total 20 on")
+    expected = dict.fromkeys([20, 21, 27, 35, 1000], 0.2)
+    check_rates(solution, expected, "steps from total 20 on", lr_max=0.8, lr_min=0.2, warmup=5, total=20)
 
 
 @task("cosine_lr")
 def test_there_is_no_jump(solution):
-    found = rates(solution, range(60), lr_max=1.0, lr_min=0.1, warmup=20, total=50)
+    settings = {"lr_max": 1.0, "lr_min": 0.1, "warmup": 20, "total": 50}
     steepest = max(1 / 21, 0.9 * math.pi / 2 / 30)
-    largest = found.diff().abs().max().item()
-    assert_that(largest <= steepest + 1e-12, "the rate jumps between two steps", value=round(largest, 9))
+    before = solution.cosine_lr(0, **settings)
+    for step in range(1, 60):
+        rate = solution.cosine_lr(step, **settings)
+        jump = abs(rate - before)
+        assert_that(jump <= steepest + 1e-12, f"the rate jumps from step {step - 1} to {step}", value=round(jump, 9))
+        before = rate
 
 
 @task("cosine_lr")
 def test_without_warmup_the_first_step_has_the_full_rate(solution):
-    found = rates(solution, [0, 5, 10], lr_max=0.6, lr_min=0.2, warmup=0, total=10)
-    assert_close(found, torch.tensor([0.6, 0.4, 0.2], dtype=WIDE), because="warmup 0, total 10")
+    expected = {0: 0.6, 5: 0.4, 10: 0.2}
+    check_rates(solution, expected, "warmup 0, total 10", lr_max=0.6, lr_min=0.2, warmup=0, total=10)
 
 
 @task("cosine_lr")
 def test_warmup_may_take_all_of_the_time(solution):
-    found = rates(solution, range(6), lr_max=0.5, lr_min=0.05, warmup=4, total=4)
-    assert_close(found, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.05, 0.05], dtype=WIDE), because="warmup 4, total 4")
+    expected = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.05, 5: 0.05}
+    check_rates(solution, expected, "warmup 4, total 4", lr_max=0.5, lr_min=0.05, warmup=4, total=4)
 
 
 @task("cosine_lr")
 def test_a_run_of_no_steps_has_the_lowest_rate(solution):
-    found = rates(solution, [0, 1], lr_max=0.5, lr_min=0.05, warmup=0, total=0)
-    assert_close(found, torch.full((2,), 0.05, dtype=WIDE))
+    expected = {0: 0.05, 1: 0.05}
+    check_rates(solution, expected, "warmup 0, total 0: all is over", lr_max=0.5, lr_min=0.05, warmup=0, total=0)
 
 
 @task("cosine_lr")
 def test_a_rate_that_does_not_fall_still_has_a_ramp(solution):
-    found = rates(solution, range(5), lr_max=0.3, lr_min=0.3, warmup=2, total=4)
-    assert_close(found, torch.tensor([0.1, 0.2, 0.3, 0.3, 0.3], dtype=WIDE), because="lr_min equals lr_max")
+    expected = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.3, 4: 0.3}
+    check_rates(solution, expected, "lr_min equals lr_max", lr_max=0.3, lr_min=0.3, warmup=2, total=4)
 
 
 @task("cosine_lr")
-def test_the_rate_is_a_python_float(solution):
-    settings = {"lr_max": 0.5, "lr_min": 0.1, "warmup": 2, "total": 6}
-    found = [type(solution.cosine_lr(step, **settings)).__name__ for step in (0, 2, 4, 6, 9)]
-    assert_equal(found, ["float"] * 5, because="types at steps 0, 2, 4, 6 and 9")
+@pytest.mark.parametrize("step", [0, 2, 4, 6, 9])
+def test_the_rate_is_a_python_float(solution, step):
+    found = type(solution.cosine_lr(step, lr_max=0.5, lr_min=0.1, warmup=2, total=6)).__name__
+    assert_equal(found, "float", because=f"the type of the rate of step {step}")
 
 
 @task("cosine_lr")
@@ -238,7 +246,7 @@ def test_the_path_does_not_lead_back_to_the_start(solution, randn):
     assert_close(x0, before, because="x0 after the path was overwritten", rtol=0, atol=0)
 
 
-# What all optimizers have in common
+# Helpers of all optimizers
 
 
 def flat(tensors):
@@ -275,6 +283,74 @@ def remembered(optimizer):
     """All tensors in the state of an optimizer, as its state_dict has them."""
     states = optimizer.state_dict()["state"].values()
     return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+# The plainest tests come first: the first that fails is the one that is shown
+
+COMBINATIONS = [
+    {"momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov}
+    for momentum, dampening, decay, nesterov in itertools.product((0.0, 0.9), (0.0, 0.4), (0.0, 0.1), (False, True))
+    if not nesterov or (momentum and not dampening)
+]
+
+
+@task("SGD")
+def test_the_defaults_are_plain_descent(solution, randn):
+    x, g = randn(6, dtype=WIDE), randn(6, dtype=WIDE)
+    found = follow(solution.SGD, [x], [[g], [g]], lr=0.25)
+    assert_close(found, torch.stack([x - 0.25 * g, x - 0.5 * g]), because="p - lr * g, twice")
+
+
+@task("SGD")
+def test_the_first_momentum_step_is_the_plain_one(solution, randn):
+    x, g = randn(6, dtype=WIDE), randn(6, dtype=WIDE)
+    found = follow(solution.SGD, [x], [[g]], lr=0.5, momentum=0.9, dampening=0.4)
+    assert_close(found, (x - 0.5 * g)[None], because="the buffer starts as the gradient itself")
+
+
+@task("SGD")
+@pytest.mark.parametrize(
+    "settings", COMBINATIONS, ids=["-".join(key for key, value in s.items() if value) or "plain" for s in COMBINATIONS]
+)
+def test_twenty_steps_are_those_of_torch(solution, randn, settings):
+    start, gradients = things(randn, 20, sizes=((2, 3), (4,)))
+    expected = follow(torch.optim.SGD, start, gradients, lr=0.05, **settings)
+    found = follow(solution.SGD, start, gradients, lr=0.05, **settings)
+    assert_close(found, expected, because="20 steps", rtol=1e-9)
+
+
+@each_adam
+def test_the_first_step_has_the_same_size_everywhere(solution, randn, name):
+    x = randn(4, dtype=WIDE)
+    g = torch.tensor([1e-3, -1e-3, 1e3, -1e3], dtype=WIDE, device=x.device)
+    found = follow(getattr(solution, name), [x], [[g]], lr=0.05, weight_decay=0.0)
+    expected = (x - 0.05 * g.sign())[None]
+    assert_close(found, expected, because="gradients of 0.001 and of 1000 both give a step of lr", rtol=0, atol=1e-6)
+
+
+@each_adam
+def test_a_constant_gradient_gives_steps_of_lr_from_the_start(solution, randn, name):
+    x = randn(1, dtype=WIDE)
+    found = follow(getattr(solution, name), [x], [[torch.full_like(x, -2.0)]] * 5, lr=0.1, weight_decay=0.0)
+    expected = x + 0.1 * torch.arange(1, 6, dtype=WIDE, device=x.device)[:, None]
+    assert_close(found, expected, because="the corrected means of a constant are that constant", rtol=0, atol=1e-7)
+
+
+@each_adam
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lr": 0.1, "betas": (0.5, 0.7)}, {"lr": 0.1, "eps": 0.5}, {"lr": 0.1, "weight_decay": 0.2},
+     {"lr": 0.1, "betas": (0.0, 0.9)}, {"lr": 0.1, "betas": (0.9, 0.0), "eps": 1e-3}],
+    ids=["defaults", "betas", "eps", "decay", "no_mean", "no_square"],
+)  # fmt: skip
+def test_twenty_steps_are_torchs(solution, randn, name, settings):
+    start, gradients = things(randn, 20, sizes=((2, 3), (4,)))
+    expected = follow(TORCH[name], start, gradients, **settings)
+    found = follow(getattr(solution, name), start, gradients, **settings)
+    assert_close(found, expected, because="20 steps", rtol=1e-9)
+
+
+# What all optimizers have in common
 
 
 @each
@@ -420,7 +496,7 @@ def test_the_parameters_stay_the_same_leaves_in_the_same_memory(solution, randn,
 @each
 def test_no_graph_is_kept_of_gradients_that_have_one(solution, randn, name):
     p = randn(4, dtype=WIDE).requires_grad_()
-    (p**3).sum().backward(create_graph=True)
+    (p.grad,) = torch.autograd.grad((p**3).sum(), p, create_graph=True)
     optimizer = getattr(solution, name)([p], **FULL[name])
     optimizer.step()
     p.grad = None
@@ -548,36 +624,17 @@ def test_state_takes_little_memory(solution, randn, name):
 
 # SGD
 
-COMBINATIONS = [
-    {"momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov}
-    for momentum, dampening, decay, nesterov in itertools.product((0.0, 0.9), (0.0, 0.4), (0.0, 0.1), (False, True))
-    if not nesterov or (momentum and not dampening)
-]
-
 
 @task("SGD")
-@pytest.mark.parametrize(
-    "settings", COMBINATIONS, ids=["-".join(key for key, value in s.items() if value) or "plain" for s in COMBINATIONS]
-)
-def test_twenty_steps_are_those_of_torch(solution, randn, settings):
-    start, gradients = things(randn, 20, sizes=((2, 3), (4,)))
-    expected = follow(torch.optim.SGD, start, gradients, lr=0.05, **settings)
-    found = follow(solution.SGD, start, gradients, lr=0.05, **settings)
-    assert_close(found, expected, because="20 steps", rtol=1e-9)
-
-
-@task("SGD")
-def test_the_defaults_are_plain_descent(solution, randn):
-    x, g = randn(6, dtype=WIDE), randn(6, dtype=WIDE)
-    found = follow(solution.SGD, [x], [[g], [g]], lr=0.25)
-    assert_close(found, torch.stack([x - 0.25 * g, x - 0.5 * g]), because="p - lr * g, twice")
-
-
-@task("SGD")
-def test_the_first_momentum_step_is_the_plain_one(solution, randn):
-    x, g = randn(6, dtype=WIDE), randn(6, dtype=WIDE)
-    found = follow(solution.SGD, [x], [[g]], lr=0.5, momentum=0.9, dampening=0.4)
-    assert_close(found, (x - 0.5 * g)[None], because="the buffer starts as the gradient itself")
+def test_momentum_that_is_switched_on_later_starts_as_the_gradient(solution, randn):
+    x, g, h, i = (randn(4, dtype=WIDE) for _ in range(4))
+    p = x.clone().requires_grad_()
+    optimizer = solution.SGD([p], lr=0.5, dampening=0.25)
+    points = [feed(optimizer, [p], [[g]])]
+    optimizer.param_groups[0]["momentum"] = 0.8
+    points.append(feed(optimizer, [p], [[h], [i]]))
+    expected = x - 0.5 * torch.stack([g, g + h, g + h + 0.8 * h + 0.75 * i])
+    assert_close(torch.cat(points), expected, because="momentum is 0 in step 1, and 0.8 in steps 2 and 3")
 
 
 @task("SGD")
@@ -630,37 +687,6 @@ def sgd_cost(module, randn):
 
 
 @each_adam
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"lr": 0.1, "betas": (0.5, 0.7)}, {"lr": 0.1, "eps": 0.5}, {"lr": 0.1, "weight_decay": 0.2},
-     {"lr": 0.1, "betas": (0.0, 0.9)}, {"lr": 0.1, "betas": (0.9, 0.0), "eps": 1e-3}],
-    ids=["defaults", "betas", "eps", "decay", "no_mean", "no_square"],
-)  # fmt: skip
-def test_twenty_steps_are_torchs(solution, randn, name, settings):
-    start, gradients = things(randn, 20, sizes=((2, 3), (4,)))
-    expected = follow(TORCH[name], start, gradients, **settings)
-    found = follow(getattr(solution, name), start, gradients, **settings)
-    assert_close(found, expected, because="20 steps", rtol=1e-9)
-
-
-@each_adam
-def test_the_first_step_has_the_same_size_everywhere(solution, randn, name):
-    x = randn(4, dtype=WIDE)
-    g = torch.tensor([1e-3, -1e-3, 1e3, -1e3], dtype=WIDE, device=x.device)
-    found = follow(getattr(solution, name), [x], [[g]], lr=0.05, weight_decay=0.0)
-    expected = (x - 0.05 * g.sign())[None]
-    assert_close(found, expected, because="gradients of 0.001 and of 1000 both give a step of lr", rtol=0, atol=1e-6)
-
-
-@each_adam
-def test_a_constant_gradient_gives_steps_of_lr_from_the_start(solution, randn, name):
-    x = randn(1, dtype=WIDE)
-    found = follow(getattr(solution, name), [x], [[torch.full_like(x, -2.0)]] * 5, lr=0.1, weight_decay=0.0)
-    expected = x + 0.1 * torch.arange(1, 6, dtype=WIDE, device=x.device)[:, None]
-    assert_close(found, expected, because="the corrected means of a constant are that constant", rtol=1e-6)
-
-
-@each_adam
 def test_eps_is_added_to_the_root(solution, randn, name):
     x = randn(3, dtype=WIDE)
     g = torch.tensor([0.1, -1.0, 4.0], dtype=WIDE, device=x.device)
@@ -682,7 +708,34 @@ def test_a_late_parameter_begins_with_a_step_of_lr(solution, randn, name):
         row[1] = None
     gradients[4][1] = torch.full_like(start[1], 0.7)
     found = follow(getattr(solution, name), start, gradients, lr=0.1, weight_decay=0.0)[-1][4:]
-    assert_close(found, start[1] - 0.1, because="the first gradient comes in step 5 of the optimizer", rtol=1e-6)
+    because = "the first gradient comes in step 5 of the optimizer"
+    assert_close(found, start[1] - 0.1, because=because, rtol=0, atol=1e-7)
+
+
+@each_adam
+def test_a_group_that_joins_late_counts_its_own_updates(solution, randn, name):
+    x, y = randn(4, dtype=WIDE), randn(3, dtype=WIDE)
+    early, late = leaves([x, y])
+    optimizer = getattr(solution, name)([early], lr=0.1, weight_decay=0.0)
+    feed(optimizer, [early], [[torch.ones_like(x)]] * 3)
+    optimizer.add_param_group({"params": [late]})
+    feed(optimizer, [early, late], [[torch.ones_like(x), None], [torch.ones_like(x), torch.full_like(y, 0.7)]])
+    because = "added before step 4, and its first gradient is in step 5"
+    assert_close(late.detach(), y - 0.1, because=because, rtol=0, atol=1e-7)
+
+
+@each_adam
+def test_updates_are_counted_in_bfloat16_too(solution, randn, name):
+    p = torch.zeros_like(randn(2, dtype=torch.bfloat16)).requires_grad_()
+    optimizer = getattr(solution, name)([p], lr=0.5, weight_decay=0.0)
+    p.grad = torch.zeros_like(p)
+    for _ in range(399):
+        optimizer.step()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    expected = torch.full_like(p.detach(), -0.5 * 0.1 / math.sqrt(0.001 / (1 - 0.999**400)))
+    because = "399 updates with a gradient of 0, then one with a gradient of 1: t is 400"
+    assert_close(p.detach(), expected, because=because, rtol=4e-2)
 
 
 @each_adam

@@ -9,18 +9,21 @@ The contract of the four optimizers of this file:
   memory, a leaf that requires grad, and no graph is recorded. Shapes and strides are arbitrary.
 - A parameter whose `.grad` is None is left alone: its value, and all that is remembered about it.
 - A `.grad` is read and not changed, nor kept: whoever overwrites it after the step does not change the next one.
-- What has to be remembered lies in `self.state`, per parameter, in the parameter's dtype and on its device. So
-  the `state_dict()` of one optimizer, loaded into a fresh one, continues the run bit by bit.
+- What has to be remembered lies in `self.state`, per parameter. Tensors of the parameter's shape have its dtype and
+  are on its device. Where updates are counted, the count is a whole number: an int, or a tensor of a dtype that
+  counts exactly (in bfloat16, 256 + 1 is 256). So the `state_dict()` of one optimizer, loaded into a fresh one,
+  continues the run bit by bit.
 - `step(closure)` calls the closure once, before the update and with gradients switched on, and returns what it
   returned. `step()` returns None.
 - Parameters in bfloat16 are updated in bfloat16.
+- What is refused are arguments of the constructor. Settings that a group brings of its own need no check.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from day05_nn_module_basics import trainable_groups
+from day05_nn_module_basics import trainable_groups  # for param_groups: the trainable parameters, each once
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,9 +38,9 @@ def cosine_lr(step: int, *, lr_max: float, lr_min: float, warmup: int, total: in
     already the first update learns something, and step `warmup` is the first to get lr_max. From there it falls
     along half a cosine, flat at both ends, and reaches lr_min at step `total`. Later steps get lr_min, too.
 
-    Without warmup step 0 gets lr_max. With warmup == total there is the ramp alone, then lr_min. Returns a float
-    where lr_max and lr_min are floats. A warmup that is negative or larger than total raises ValueError with both
-    numbers in the message.
+    Without warmup, and with total > 0, step 0 gets lr_max. With warmup == total there is the ramp alone, then lr_min;
+    if both are 0, that is lr_min from step 0 on. Returns a float where lr_max and lr_min are floats. A warmup that is
+    negative or larger than total raises ValueError with both numbers in the message.
     """
     raise NotImplementedError
 
@@ -63,7 +66,7 @@ class SGD(Optimizer):
     At each step of a parameter p, with g its gradient plus weight_decay * p:
 
     - without momentum the direction is g;
-    - with momentum there is a buffer b. At the first step of p it is g itself, later momentum * b +
+    - with momentum there is a buffer b. Where p has none yet it becomes g itself, else momentum * b +
       (1 - dampening) * g. The direction is b, or with nesterov g + momentum * b, where b is the new one;
     - p becomes p - lr * direction.
 
