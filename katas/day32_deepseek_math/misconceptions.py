@@ -400,7 +400,7 @@ def sequence_logprobs__prompts_too(model, tokens, prompt_lengths):
 
 @misconception(
     "sft_step",
-    "The loss takes the prompt along: the model is taught to ask, and 3 of 10 digits of every question cannot be predicted at all. "
+    "The loss takes the prompt along: the model is taught to ask as well, though nobody can predict the digits of a question. "
     "Labels of -100 mean: nothing to learn here.",
 )
 def sft_step__prompt_too(model, batch, optimizer, *, max_norm=1.0):
