@@ -10,6 +10,7 @@ import click
 from checker.errors import FAULT, INTERRUPTED, USAGE, OurFault, UserError
 
 DAY = click.argument("day", required=False)
+BENCHES = ("mha", "gqa", "mqa", "mla", "deepseek")
 
 
 class Commands(click.Group):
@@ -188,7 +189,7 @@ def doctor(app: Any) -> None:
 
 
 @kata.command()
-@click.argument("what", nargs=-1, type=click.Choice(["mha", "gqa", "mqa", "mla", "deepseek"]))
+@click.argument("what", nargs=-1, type=click.Choice(BENCHES))
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True, help="What to measure."
 )
@@ -209,7 +210,7 @@ def bench(what: tuple[str, ...], **options: Any) -> None:
     """Measure decoding: attention with every kind of cache, and a DeepSeek model (all by default)."""
     from checker.commands import bench as verb
 
-    verb.bench(what, **options)
+    verb.bench(what or BENCHES, **options)
 
 
 @kata.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,6 +148,10 @@ class Track:
     def _cache(self) -> dict[str, Kata]:
         return {}
 
+    @cached_property
+    def _ids(self) -> dict[str, str]:
+        return {}
+
     def kata(self, slug: str) -> Kata:
         """The kata of that folder name, read once."""
         if slug not in self._cache:
@@ -156,10 +160,14 @@ class Track:
 
     def id_of(self, slug: str) -> str:
         """The id of a kata, by which progress is kept; where it stands in the first line, the file is not parsed."""
-        if slug in self._cache:
-            return self._cache[slug].id
-        first = _ID.match(_read(self.folder / slug / "kata.toml"))
-        return first[1] if first else self.kata(slug).id
+        if slug not in self._ids:
+            first = None if slug in self._cache else _ID.match(_read(self.folder / slug / "kata.toml"))
+            self._ids[slug] = first[1] if first else self.kata(slug).id
+        return self._ids[slug]
+
+    def ahead(self, passed: Collection[str]) -> Iterator[str]:
+        """The folders of the katas whose ids are not among `passed`, in order; no file behind the last one asked for is read."""
+        return (slug for slug in self.slugs if self.id_of(slug) not in passed)
 
     def __iter__(self) -> Iterator[Kata]:
         return (self.kata(slug) for slug in self.slugs)

@@ -230,8 +230,8 @@ class Watch(Screenful[None]):
             self.notice = f"every check starts cold: {self.warm.cold_because}"
         self.run_worker(self.saves(), exclusive=True)
         with contextlib.suppress(UserError), self.kata_app.store() as store:
-            track, passed = self.kata_app.track, store.passed_katas()
-            self.celebrated = {slug for slug in track.slugs if track.id_of(slug) in passed}
+            track = self.kata_app.track
+            self.celebrated = set(track.slugs) - set(track.ahead(store.passed_katas()))
         self.draw()
         self.checks.want(self.kata.slug, self.only)
         self.action_lesson()

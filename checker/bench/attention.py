@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from checker.bench.device import Device, Timing
+from reference.day16_scaled_dot_product import attention_flops
 from reference.day22_kv_cache import KVCache
 from reference.day23_grouped_query import grouped_attention
 from reference.day24_multi_query import multi_query_attention
 from reference.day27_mla_components import LatentCache
 from reference.day28_mla_module import absorbed_attention, naive_attention
-
-VARIANTS = ("mha", "gqa", "mqa", "mla naive", "mla absorbed")
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,14 @@ class Shape:
 
     def flops(self, variant: str) -> int:
         """FLOPs of scores and values for one query per row on the whole cache, with the products that MLA adds."""
-        rows, length = self.batch * self.heads, self.length
+        keys = values = self.head_dim
+        readings = 0  # of a latent as a key and a value of one head, or of a query and a mixture the other way
         if variant == "mla naive":
-            expand = 2 * self.batch * length * self.latent * self.heads * 2 * self.head_dim
-            return expand + 2 * rows * length * (self.head_dim + self.rope) + 2 * rows * length * self.head_dim
-        if variant == "mla absorbed":
-            around = 2 * rows * self.head_dim * self.latent * 2
-            return around + 2 * rows * length * (self.latent + self.rope) + 2 * rows * length * self.latent
-        return 2 * rows * length * 2 * self.head_dim
+            keys, readings = self.head_dim + self.rope, self.length
+        elif variant == "mla absorbed":
+            keys, values, readings = self.latent + self.rope, self.latent, 1
+        around = 2 * self.batch * self.heads * readings * self.latent * 2 * self.head_dim
+        return around + attention_flops(self.batch, self.heads, 1, self.length, keys, values)
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,7 @@ def _keys_and_values(
         count = heads(shape)
         cache = KVCache(shape.batch, count, shape.length, shape.head_dim, dtype=device.dtype, device=device.device)
         _fill(cache, device, shape, (shape.batch, count), (shape.head_dim, shape.head_dim))
-        k, v = (
-            _random(device, shape.batch, count, 1, shape.head_dim),
-            _random(device, shape.batch, count, 1, shape.head_dim),
-        )
+        k, v = (_random(device, shape.batch, count, 1, shape.head_dim) for _ in range(2))
         q = _random(device, shape.batch, shape.heads, 1, shape.head_dim)
 
         def step() -> Tensor:
@@ -163,3 +159,4 @@ _MAKERS: dict[str, Callable[..., tuple[Callable, object]]] = {
     "mla naive": _latent(naive_attention),
     "mla absorbed": _latent(absorbed_attention),
 }
+VARIANTS = tuple(_MAKERS)

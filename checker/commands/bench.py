@@ -10,8 +10,6 @@ import click
 from checker import render
 from checker.errors import UserError
 
-ALL = ("mha", "gqa", "mqa", "mla", "deepseek")
-
 
 def bench(names: tuple[str, ...], *, device: str, seconds: float, json_file: str | None, png_file: str | None) -> None:
     """Measure, print a table, and write the files that are asked for."""
@@ -24,7 +22,7 @@ def bench(names: tuple[str, ...], *, device: str, seconds: float, json_file: str
     for file in (json_file, png_file):
         if file and not Path(file).absolute().parent.is_dir():
             raise UserError(f"The folder of {file} is not there; make it, or name another file.")
-    found = report.run(names or ALL, device, seconds, lambda what: click.echo(f"measuring {what} ...", err=True))
+    found = report.run(names, device, seconds, lambda what: click.echo(f"measuring {what} ...", err=True))
     _print(found)
     if json_file:
         Path(json_file).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -210,7 +210,7 @@ def _after(app: App, kata: Kata) -> str:
     passed = {kata.id}
     with contextlib.suppress(UserError), app.store() as store:
         passed |= store.passed_katas()
-    ahead = [slug for slug in app.track.slugs if app.track.id_of(slug) not in passed]
+    ahead = list(app.track.ahead(passed))
     if not ahead:
         return "all days are passed; `kata status` shows the whole track"
     first, behind = app.track.kata(ahead[0]), app.track.after(kata.slug)

@@ -87,8 +87,7 @@ def under_way(app: App) -> Kata:
 def _following(app: App, store: Store) -> Kata | None:
     if not app.track.slugs:
         raise UserError(f"The track {app.track.folder} has no katas yet; add one with `kata new`.")
-    passed = store.passed_katas()
-    slug = next((slug for slug in app.track.slugs if app.track.id_of(slug) not in passed), None)
+    slug = next(app.track.ahead(store.passed_katas()), None)
     return app.track.kata(slug) if slug else None
 
 

@@ -62,14 +62,17 @@ def start_up(runs, workspace):
     return rows
 
 
+def question(track, kata):
+    """The request for a check of the reference."""
+    source = kata.reference_file.read_text(encoding="utf-8")
+    return request.check(track, kata, {kata.slug: (f"/w/{kata.file_name}", source)}, seed=11, trusted=True, cost=False)
+
+
 def checks(track, katas, runs, worker):
     """Per kata: warm verdict, cold verdict and `python -m pytest` on the same spec, with the reference as solution."""
     rows = {}
     for kata in katas:
-        source = kata.reference_file.read_text(encoding="utf-8")
-        asked = request.check(
-            track, kata, {kata.slug: (f"/w/{kata.file_name}", source)}, seed=11, trusted=True, cost=False
-        )
+        asked = question(track, kata)
         bodies, warm = [], []
         for _ in range(runs + 1):
             run = worker.run(dict(asked), request.limits(kata))
@@ -127,8 +130,7 @@ def own(pid):
 
 def memory(track, kata, worker):
     """Resident memory of the warm process, and the most that the processes of one check held for themselves, in bytes."""
-    source = kata.reference_file.read_text(encoding="utf-8")
-    asked = request.check(track, kata, {kata.slug: (f"/w/{kata.file_name}", source)}, seed=11, trusted=True, cost=False)
+    asked = question(track, kata)
     most, ended = 0, threading.Event()
 
     def look():
@@ -163,11 +165,8 @@ def saves(track, katas, runs):
         subprocess.run([str(Path(sys.executable).with_name("kata")), "start", str(kata.day)], cwd=home, stdout=subprocess.DEVNULL, check=True)  # fmt: skip
         os.chdir(home)
         # as a learner would have written it, who imports the own earlier days
-        source, taken, started = (
-            re.sub(r"\breference\.(?=day)", "", kata.reference_file.read_text(encoding="utf-8")),
-            [],
-            0.0,
-        )
+        source = re.sub(r"\breference\.(?=day)", "", kata.reference_file.read_text(encoding="utf-8"))
+        taken, started = [], 0.0
         watch = TimedWatch(app, kata)
         async with watch.run_test(size=(100, 40)) as pilot:
             await pilot.press("x")

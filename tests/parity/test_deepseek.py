@@ -13,8 +13,8 @@ BATCH, LENGTH = 2, 70  # longer than the 64 tokens of the original context, so t
 CASES = pytest.mark.parametrize(("style", "name"), tiny.CASES)
 
 
-def per_expert(state):
-    """The stacked experts of transformers as one tensor per matrix and expert, as published files have them."""
+def published(style, state):
+    """The tensors of transformers as published files have them: stacked experts as one tensor per matrix and expert."""
     found = {}
     for key, tensor in state.items():
         lead, _, kind = key.rpartition("mlp.experts.")
@@ -26,7 +26,9 @@ def per_expert(state):
         elif kind == "down_proj":
             for number, down in enumerate(tensor):
                 found[f"{lead}mlp.experts.{number}.down_proj.weight"] = down
-        else:
+        elif style == "v3" or not key.endswith(
+            "e_score_correction_bias"
+        ):  # V2's router registers one and never adds it
             found[key] = tensor
     return found
 
@@ -35,10 +37,7 @@ def pair(style, name):
     """A model of transformers, and the reference with its weights."""
     theirs = tiny.build(style, name)
     mine = DeepSeekForCausalLM(DeepSeekConfig.from_dict(theirs.config.to_dict()))
-    state = per_expert(theirs.state_dict())
-    if style == "v2":  # its class registers a bias that its router never adds
-        state = {key: tensor for key, tensor in state.items() if not key.endswith("e_score_correction_bias")}
-    load_pretrained(mine, state)
+    load_pretrained(mine, published(style, theirs.state_dict()))
     return theirs, mine
 
 
@@ -131,11 +130,8 @@ def test_one_layers_attention_and_feed_forward(style, name):
     wanted = layer.self_attn(x, attention_mask=mask, position_embeddings=angles)[0]
     assert (mla(x) - wanted).abs().max() <= 1e-5
     moe = MoE(config)
-    state = per_expert({f"mlp.{key}": tensor for key, tensor in layer.mlp.state_dict().items()})
-    state = {key.removeprefix("mlp."): tensor for key, tensor in state.items()}
-    if style == "v2":
-        state.pop("gate.e_score_correction_bias", None)
-    moe.load_state_dict(state)
+    tensors = published(style, layer.state_dict())
+    moe.load_state_dict({key.removeprefix("mlp."): tensors[key] for key in tensors if key.startswith("mlp.")})
     assert (moe(x) - layer.mlp(x)).abs().max() <= 1e-4
 
 
