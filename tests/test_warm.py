@@ -13,6 +13,9 @@ import pytest
 from checker import request, verdict, warm
 from checker.judge import processes
 from checker.run import Limits
+from checker.worker import environment
+
+ROOT = Path(warm.__file__).parent.parent
 
 PREFIX = "import torch\n"
 REST = (
@@ -237,3 +240,30 @@ def test_a_server_with_threads_of_its_own_refuses_to_fork(tmp_path):
     ).replace("sys.argv_file", repr(str(Path(processes.__file__).with_name("__main__.py"))))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "the worker has 2 threads; a fork would hang" in done.stdout
+
+
+@pytest.mark.timeout(60)
+def test_warming_leaves_only_libraries_behind():
+    code = (
+        "import sys\n"
+        "source = open(MAIN).read().replace('\\nmain()\\n', '\\n')\n"
+        "space = {'__name__': 'server'}\n"
+        "exec(compile(source, 'server', 'exec'), space)\n"
+        "space['preload']()\n"
+        "import random, numpy, torch\n"
+        "states = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist())\n"
+        "before, finders = states(), list(sys.meta_path)\n"
+        "steps = space['warming']()\n"
+        "assert steps\n"
+        "for step in steps:\n"
+        "    step()\n"
+        "from checker.judge import processes\n"
+        "assert processes.threads() == 1\n"
+        "assert states() == before, 'a random state was used'\n"
+        "assert [finder for finder in sys.meta_path if 'pytest' in type(finder).__module__] == []\n"
+        "assert 'pytest_timeout' in sys.modules and '_pytest.skipping' in sys.modules, 'it was to be warm'\n"
+        "left = [name for name in sys.modules if name == 'spec' or name.partition('.')[0] in ('reference', 'hypothesis')]\n"
+        "assert left == [], left\n"
+    ).replace("MAIN", repr(str(Path(processes.__file__).with_name("__main__.py"))))
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -13,10 +13,32 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from checker.judge import processes
+
+# Python specializes code that runs often and writes that into the code: what the worker has run, its forks need not write again
+_TRIVIAL = """
+import pytest
+
+@pytest.fixture
+def one():
+    return 1
+
+@pytest.fixture
+def two(one):
+    return 2
+
+@pytest.mark.parametrize("three", range(30))
+def test_parameters(two, three):
+    assert two == 2
+
+def test_plain(one):
+    assert one == 1
+"""
 
 
 def preload() -> None:
@@ -53,9 +75,20 @@ def warming() -> list[Callable[[], None]]:
 
     def session() -> None:
         import pytest
+        import pytest_timeout
 
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            pytest.main(["--version", "-c", os.devnull])
+        from checker.judge.child import pytest_arguments
+
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        with (
+            tempfile.TemporaryDirectory(prefix="kata-") as folder,
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
+        ):
+            Path(folder, "spec.py").write_text(_TRIVIAL, encoding="utf-8")
+            pytest.main(pytest_arguments(folder), plugins=[pytest_timeout])
+        sys.modules.pop("spec", None)
 
     def freeze() -> None:
         import gc

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import os
@@ -11,7 +10,7 @@ from typing import Any
 
 def seal(nonce: str, text: str) -> str:
     """The seal of a record: only who knows the nonce of this check can make it."""
-    return hmac.new(nonce.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(nonce.encode(), text.encode(), "sha256").hex()
 
 
 class Channel:
@@ -19,14 +18,15 @@ class Channel:
 
     def __init__(self, fd: int, nonce: str) -> None:
         pid, count, write, getpid, make = os.getpid(), 0, os.write, os.getpid, seal
+        encode = json.JSONEncoder(default=str).encode
 
         def send(kind: str, /, **data: Any) -> None:
             nonlocal count
             if getpid() != pid:
                 return
-            text = json.dumps({"n": count, "event": kind, **data}, default=str)
+            text = encode({"n": count, "event": kind, **data})
             count += 1
-            line = json.dumps([text, make(nonce, text)]).encode() + b"\n"
+            line = encode([text, make(nonce, text)]).encode() + b"\n"
             while line:
                 line = line[write(fd, line) :]
 
