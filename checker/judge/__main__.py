@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checker.judge import processes
+from checker.judge import compiled, processes
 
 # Python specializes code that runs often and writes that into the code: what the worker has run, its forks need not write again
 _TRIVIAL = """
@@ -107,6 +107,7 @@ class Server:
 
     def serve(self, later: list[Callable[[], None]]) -> None:
         """The loop: receive, fork, wait, end the tree, answer; in idle moments do one thing of `later`."""
+        warm = bool(later)
         while True:
             while later and not self.asked():
                 later.pop(0)()
@@ -116,6 +117,8 @@ class Server:
                 return
             if "request" in message:
                 self.check(message["request"])
+                if warm and not later:
+                    later += compiled.steps(Path(message["request"]["reference"]))
 
     def asked(self) -> bool:
         """Whether a message waits."""

@@ -99,7 +99,7 @@ def _check(request: dict[str, Any], events: int, trace: int) -> None:
     import numpy as np
     import torch
 
-    from checker.judge import modules
+    from checker.judge import compiled
     from checker.judge.events import Channel
 
     channel = Channel(events, request.pop("nonce"))
@@ -118,7 +118,7 @@ def _check(request: dict[str, Any], events: int, trace: int) -> None:
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    sources = modules.Sources(
+    sources = compiled.Sources(
         {slug: (file["path"], file["source"]) for slug, file in request["sources"].items()},
         Path(request["reference"]),
         request["days"],

@@ -1,10 +1,11 @@
 """`make bench`: how long things take, as ratios against a baseline of the same run. Prints a table and keeps it as JSON.
 
-Usage: python -m tests.benchmarks [--runs N] [--days 1,2] [--json FILE]
+Usage: python -m tests.benchmarks [--runs N] [--days 1,2] [--parts start,checks,saves] [--json FILE]
 """
 
 import argparse
 import asyncio
+import importlib.metadata
 import json
 import os
 import platform
@@ -69,8 +70,10 @@ def question(track, kata):
 
 
 def checks(track, katas, runs, worker):
-    """Per kata: warm verdict, cold verdict and `python -m pytest` on the same spec, with the reference as solution."""
-    rows = {}
+    """Per kata: warm verdict, cold verdict and `python -m pytest` on the same spec, with the reference as solution.
+
+    Yields (folder name, row), so that a long run that is stopped has kept what it measured.
+    """
     for kata in katas:
         asked = question(track, kata)
         bodies, warm = [], []
@@ -79,7 +82,7 @@ def checks(track, katas, runs, worker):
             warm.append(run.seconds)
             bodies.append(sum(event["seconds"] for event in run.of("finish")))
         cold = []
-        for _ in range(max(runs // 3, 2)):
+        for _ in range(runs):
             started = time.perf_counter()
             with Worker() as once:
                 once.run(dict(asked), request.limits(kata))
@@ -92,7 +95,7 @@ def checks(track, katas, runs, worker):
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.benchmarks.plain", "-p", "no:cacheprovider", "-c", os.devnull,
                    "--rootdir", str(ROOT), "--confcutdir", str(kata.folder), str(kata.folder / "spec.py")]  # fmt: skip
-        plain = timed(command, max(runs // 3, 2), cwd=ROOT, env=environment)
+        plain = timed(command, runs, cwd=ROOT, env=environment)
         row = {
             "warm": summary(warm[1:]),
             "cold": summary(cold),
@@ -102,13 +105,24 @@ def checks(track, katas, runs, worker):
         row["warm_of_pytest"] = row["warm"]["median_ms"] / row["pytest"]["median_ms"]
         row["above_bodies_ms"] = row["warm"]["median_ms"] - row["bodies_ms"]
         row["cold_minus_pytest_ms"] = row["cold"]["median_ms"] - row["pytest"]["median_ms"]
-        rows[kata.slug] = row
+        shown = "   ".join(
+            f"{name} {row[name]['median_ms']:6.0f} ({row[name]['p95_ms']:.0f})" for name in ("warm", "cold", "pytest")
+        )
         print(
-            f"  {kata.slug:<28} warm {row['warm']['median_ms']:7.0f} ms (p95 {row['warm']['p95_ms']:.0f})   bodies {row['bodies_ms']:6.0f}   "
-            f"cold {row['cold']['median_ms']:6.0f}   pytest {row['pytest']['median_ms']:6.0f}   warm/pytest {row['warm_of_pytest']:.3f}",
+            f"  {kata.slug:<28} {shown} ms   bodies {row['bodies_ms']:5.0f}, above {row['above_bodies_ms']:4.0f}   "
+            f"warm/pytest {row['warm_of_pytest']:.3f}, cold/pytest {row['cold']['median_ms'] / row['pytest']['median_ms']:.2f}",
             flush=True,
         )
-    return rows
+        yield kata.slug, row
+
+
+def promises(rows):
+    """What a warm verdict promises: a tenth of pytest where the bodies are short, and little above the bodies everywhere."""
+    short = [row["warm_of_pytest"] for row in rows.values() if row["bodies_ms"] < 200]
+    ratio = f"{statistics.median(short):.3f} of pytest (promised 0.100)" if short else "none here"
+    slug, most = max(rows.items(), key=lambda item: item[1]["above_bodies_ms"])
+    print(f"  warm, bodies under 0.2 s: {ratio}")
+    print(f"  most above the bodies: {most['above_bodies_ms']:.0f} ms, {slug} (promised 150)")
 
 
 def resident(pid):
@@ -183,53 +197,73 @@ def saves(track, katas, runs):
                 os.replace(spare, file)  # as many editors save: one change, not two
         return taken[1:]  # the first of them may still wait for what is loaded lazily
 
-    rows, back = {}, Path.cwd()
+    back = Path.cwd()
     for kata in katas:
         with tempfile.TemporaryDirectory() as home:
             try:
-                rows[kata.slug] = summary(asyncio.run(one(kata, home)))
+                row = summary(asyncio.run(one(kata, home)))
             finally:
                 os.chdir(back)
-        row = rows[kata.slug]
         print(f"  {kata.slug:<28} save to verdict {row['median_ms']:6.0f} ms (p95 {row['p95_ms']:.0f})", flush=True)
-    return rows
+        yield kata.slug, row
+
+
+def surroundings():
+    """Date, machine and versions: what a figure is worth nothing without."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "pytest", "click", "rich")},
+    }
 
 
 def main():
     """Run, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--days", default="")
-    parser.add_argument("--json", default="")
+    parser.add_argument("--days", default="", help="all by default")
+    parser.add_argument("--parts", default="start,checks,saves")
+    parser.add_argument("--json", default="", help="kept after each kata")
     options = parser.parse_args()
+    parts = options.parts.split(",")
     track = Track.load(ROOT / "katas")
     katas = [track.find(day) for day in options.days.split(",") if day] or list(track)
-    with tempfile.TemporaryDirectory() as folder:
-        kata = str(Path(sys.executable).with_name("kata"))
-        subprocess.run([kata, "next"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
-        rows = start_up(options.runs, folder)
-        for name, row in rows.items():
-            allowed = f"   {row['of_allowed']:.2f} of what is allowed" if "of_allowed" in row else ""
-            print(f"  {name:<16} {row['median_ms']:6.0f} ms (p95 {row['p95_ms']:.0f}){allowed}")
-    with Worker(warm=True) as worker:
-        found = checks(track, katas, options.runs, worker)
-        held = memory(track, katas[0], worker)
-    shown = ", ".join(
-        f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.0f} MB" for name, size in held.items()
-    )
-    print(f"  memory: {shown}")
-    screens = saves(track, katas, options.runs)
-    import importlib.metadata
+    result = {**surroundings(), "runs": options.runs}
 
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "pytest", "click", "rich")},
-        "start_up": rows, "checks": found, "memory": held, "save_to_verdict": screens,
-    }  # fmt: skip
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    def keep():
+        if options.json:
+            Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    if "start" in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            kata = str(Path(sys.executable).with_name("kata"))
+            subprocess.run([kata, "next"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+            result["start_up"] = start_up(options.runs, folder)
+        for name, row in result["start_up"].items():
+            allowed = f"   {row['of_allowed']:.2f} of what is allowed" if "of_allowed" in row else ""
+            print(f"  {name:<16} {row['median_ms']:6.0f} ms (p95 {row['p95_ms']:.0f}){allowed}", flush=True)
+        keep()
+    if "checks" in parts:
+        result["checks"] = {}
+        with Worker(warm=True) as worker:
+            for _ in range(6):  # it warms itself step by step between checks
+                worker.run(question(track, katas[0]), request.limits(katas[0]))
+                time.sleep(0.2)
+            held = result["memory"] = memory(track, katas[0], worker)
+            shown = ", ".join(
+                f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.0f} MB" for name, size in held.items()
+            )
+            print(f"  memory: {shown}", flush=True)
+            for slug, row in checks(track, katas, options.runs, worker):
+                result["checks"][slug] = row
+                keep()
+        promises(result["checks"])
+    if "saves" in parts:
+        result["save_to_verdict"] = {}
+        for slug, row in saves(track, katas, options.runs):
+            result["save_to_verdict"][slug] = row
+            keep()
 
 
 main()
