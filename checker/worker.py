@@ -286,7 +286,6 @@ class _Gathering:
 
     def _event(self, event: dict[str, Any]) -> None:
         now, kind, result = time.monotonic(), event["event"], self.result
-        event["printed"] = result.output.total
         result.events.append(event)
         if kind == "ready":
             self.total = now + self.limits.total + _GRACE

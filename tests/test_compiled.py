@@ -12,17 +12,19 @@ from checker.judge import compiled, modules
 def load(tmp_path):
     """load(name) imports a module anew from a folder of references."""
     finder = compiled.Sources({"day02_b": ("/w/day02_b.py", "value = 'yours'\n")}, tmp_path, ["day01_a", "day02_b"])
-    sys.meta_path.insert(0, finder)
+    finder.install()
 
-    def fresh(name):
+    def forget():
         for known in ("day01_a", "day02_b", "reference", "reference.day01_a"):
             sys.modules.pop(known, None)
+
+    def fresh(name):
+        forget()
         return importlib.import_module(name)
 
     yield fresh
     sys.meta_path.remove(finder)
-    for known in ("day01_a", "day02_b", "reference", "reference.day01_a"):
-        sys.modules.pop(known, None)
+    forget()
 
 
 def compile_all(folder):

@@ -16,6 +16,13 @@ from checker.run import Limits
 from checker.worker import environment
 
 ROOT = Path(warm.__file__).parent.parent
+MAIN = Path(processes.__file__).with_name("__main__.py")
+# code for a process of its own that has the server's names in `space`, without having started it
+SERVER = (
+    f"source = open({str(MAIN)!r}).read().replace('\\nmain()\\n', '\\n')\n"
+    "space = {'__name__': 'server'}\n"
+    "exec(compile(source, 'server', 'exec'), space)\n"
+)
 
 PREFIX = "import torch\n"
 REST = (
@@ -227,17 +234,14 @@ def test_checks_from_two_threads_wait_for_each_other(checks, toy, learner):
 def test_a_server_with_threads_of_its_own_refuses_to_fork(tmp_path):
     code = (
         "import json, os, socket, sys, threading, time\n"
-        "sys.argv = ['x', '0']\n"
-        "source = open(sys.argv_file).read().replace('\\nmain()\\n', '\\n')\n"
-        "space = {'__name__': 'server'}\n"
-        "exec(compile(source, 'server', 'exec'), space)\n"
-        "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
+        + SERVER
+        + "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
         "ours, theirs = socket.socketpair()\n"
         "server = space['Server'](theirs)\n"
         "server.fds = list(os.pipe()) + [os.dup(1)]\n"
         "server.check({})\n"
         "print(ours.recv(1000).decode())\n"
-    ).replace("sys.argv_file", repr(str(Path(processes.__file__).with_name("__main__.py"))))
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "the worker has 2 threads; a fork would hang" in done.stdout
 
@@ -245,14 +249,10 @@ def test_a_server_with_threads_of_its_own_refuses_to_fork(tmp_path):
 @pytest.mark.timeout(60)
 def test_warming_leaves_only_libraries_behind():
     code = (
-        "import sys\n"
-        "source = open(MAIN).read().replace('\\nmain()\\n', '\\n')\n"
-        "space = {'__name__': 'server'}\n"
-        "exec(compile(source, 'server', 'exec'), space)\n"
-        "space['preload']()\n"
-        "import random, numpy, torch\n"
+        SERVER + "space['preload']()\n"
+        "import random, sys, numpy, torch\n"
         "states = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist())\n"
-        "before, finders = states(), list(sys.meta_path)\n"
+        "before = states()\n"
         "steps = space['warming']()\n"
         "assert steps\n"
         "for step in steps:\n"
@@ -264,6 +264,6 @@ def test_warming_leaves_only_libraries_behind():
         "assert 'pytest_timeout' in sys.modules and '_pytest.skipping' in sys.modules, 'it was to be warm'\n"
         "left = [name for name in sys.modules if name == 'spec' or name.partition('.')[0] in ('reference', 'hypothesis')]\n"
         "assert left == [], left\n"
-    ).replace("MAIN", repr(str(Path(processes.__file__).with_name("__main__.py"))))
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

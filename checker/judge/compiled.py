@@ -6,6 +6,7 @@ Only code is kept: a fork still reads each file, compares its text, and runs the
 from __future__ import annotations
 
 import linecache
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -32,7 +33,14 @@ def _compile(file: Path) -> None:
 
 
 class Sources(modules.Sources):
-    """Sources that run compiled code where it was made of the very text that the file has now."""
+    """Sources for a fork: they run compiled code where it was made of the very text that the file has now."""
+
+    def install(self) -> None:
+        """Go first on the import path; before the fork nothing of a track was imported, so there is nothing to forget.
+
+        A look at each of the thousands of modules that torch brings would copy them into the fork.
+        """
+        sys.meta_path.insert(0, self)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the module's source; the learner's own is always compiled here."""
