@@ -133,6 +133,29 @@ def test_cold_and_warm_give_the_same_verdicts(judged, learner, toy):
                 assert facts(one) == facts(two)
 
 
+WAITS = """import signal
+import torch
+
+
+def wait():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    while True:
+        torch.zeros(1)
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("rest", "where"), [
+    ("\n\ndef scale(x, factor=2.0):\n    wait()\n", "in the test"),
+    ("\n\nwait()\n", "import"),
+])  # fmt: skip
+def test_code_that_does_not_come_back_is_told_with_its_line(judged, rest, where):
+    found = judged(WAITS + rest, limits=Limits(total=20.0, import_=1.0), only=["scale"])
+    assert found.outcome == verdict.TIMEOUT
+    assert found.line in (7, 8), found.message
+    assert where in found.message and f"line {found.line}" in found.message
+
+
 def test_a_check_that_is_cancelled_ends_at_once(toy, warm_worker, learner):
     from checker import request
 

@@ -1,6 +1,8 @@
 """The warm worker: fork safety, what works in a forked check, replacement, and other terminals."""
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -111,7 +113,79 @@ def test_memory_and_files_do_not_grow_over_many_checks(judged, warm_worker, lear
     after = state()
     assert after[0] - before[0] < 4 << 20
     assert after[1:] == before[1:]
-    assert processes.descendants(warm_worker.process.pid) == []
+    assert len(processes.descendants(warm_worker.process.pid)) <= 1, "at most the fork for the next check"
+
+
+def spare_of(worker):
+    """The fork that waits for the next check, once it is at its socket; it sleeps nowhere else for so long."""
+    deadline, asleep = time.monotonic() + 30, 0
+    while asleep < 6:
+        assert time.monotonic() < deadline, "no fork waits for a check"
+        time.sleep(0.05)
+        below = processes.children(worker.process.pid)
+        state = Path(f"/proc/{below[0]}/stat").read_text().rpartition(")")[2].split()[0] if below else ""
+        asleep = asleep + 1 if state == "S" else 0
+    assert len(below) == 1
+    return below[0]
+
+
+@pytest.mark.timeout(60)
+def test_a_fork_waits_for_the_next_check_and_knows_nothing_of_the_one_before(judged, warm_worker, learner):
+    leaves = "import sys, torch\ntorch.manual_seed(0)\nsys.left_behind = True\nprint('first')\n" + learner("passes")
+    judged(leaves, seed=1)
+    looks = learner("passes") + "\nimport sys\nprint(hasattr(sys, 'left_behind'), torch.rand(1).item())\n"
+    printed = []
+    for _ in range(2):
+        spare = spare_of(warm_worker)
+        found = judged(looks, seed=1)
+        assert found.outcome == verdict.PASSED
+        assert judged.run.of("ready")[0]["pid"] == spare, "the check ran in the fork that waited"
+        assert not Path(f"/proc/{spare}").exists(), "and that fork is gone with its check"
+        printed.append(found.output)
+    direct = judged(looks, seed=1)  # asked for in the next moment, before another fork waits
+    assert direct.outcome == verdict.PASSED and judged.run.of("ready")[0]["pid"] != spare
+    assert "False" in printed[0] and printed == [direct.output] * 2
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_waiting_fork_that_was_killed_costs_nothing(judged, warm_worker, learner, how):
+    judged(learner("passes"))
+    spare = spare_of(warm_worker)
+    os.kill(spare, how)
+    time.sleep(0.05)
+    assert judged(learner("passes")).outcome == verdict.PASSED
+    assert judged.run.of("ready")[0]["pid"] != spare
+    assert not Path(f"/proc/{spare}").exists(), "it was collected"
+
+
+@pytest.mark.timeout(60)
+def test_a_waiting_fork_that_does_not_take_its_check_is_ended(judged, warm_worker, learner):
+    judged(learner("passes"))
+    spare = spare_of(warm_worker)
+    os.kill(spare, signal.SIGSTOP)  # that is a check that does not start
+    found = judged(learner("passes"), limits=Limits(total=10, start=1.0))
+    assert found.outcome != verdict.PASSED
+    assert judged(learner("passes")).outcome == verdict.PASSED
+    assert not Path(f"/proc/{spare}").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_fork_at_its_rehearsal_is_not_waited_for():
+    code = (
+        "import os, time\n" + SERVER + "server = space['Server'](None)\n"
+        "ours, theirs = space['socket'].socketpair()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    time.sleep(60)\n"
+        "server.spare = pid, ours\n"
+        "started = time.monotonic()\n"
+        "assert server.hand_over({}, []) is None\n"
+        "assert time.monotonic() - started < 5\n"
+        "assert server.spare is None and not os.path.exists(f'/proc/{pid}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def asked_of(toy, source):
@@ -219,6 +293,21 @@ def test_a_worker_ends_with_its_parent():
 
 
 @pytest.mark.timeout(60)
+def test_a_worker_runs_the_program_that_started_it(tmp_path):
+    shutil.copytree(ROOT / "checker", tmp_path / "checker", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys\nfrom checker.worker import Worker\n"
+        "with Worker() as worker:\n"
+        "    while worker.ready is None:\n"
+        "        worker.messages()\n"
+        "    print(worker.ready['program'])\n"
+    )
+    found = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=found, capture_output=True, text=True, check=True)  # fmt: skip
+    assert Path(done.stdout.strip()) == tmp_path / "checker" / "judge" / "__main__.py", "another checkout is installed"
+
+
+@pytest.mark.timeout(60)
 def test_checks_from_two_threads_wait_for_each_other(checks, toy, learner):
     asked, limits = asked_of(toy, learner("passes"))
     done = []
@@ -249,19 +338,18 @@ def test_a_server_with_threads_of_its_own_refuses_to_fork(tmp_path):
 @pytest.mark.timeout(60)
 def test_warming_leaves_only_libraries_behind():
     code = (
-        SERVER + "space['preload']()\n"
+        "from checker.judge import warming\nwarming.preload()\n"
         "import random, sys, numpy, torch\n"
         "states = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist())\n"
         "before = states()\n"
-        "steps = space['warming']()\n"
-        "assert steps\n"
+        "steps = [*warming.steps(), warming.rehearse]\n"
         "for step in steps:\n"
         "    step()\n"
         "from checker.judge import processes\n"
         "assert processes.threads() == 1\n"
         "assert states() == before, 'a random state was used'\n"
         "assert [finder for finder in sys.meta_path if 'pytest' in type(finder).__module__] == []\n"
-        "assert 'pytest_timeout' in sys.modules and '_pytest.skipping' in sys.modules, 'it was to be warm'\n"
+        "assert 'pytest_timeout' in sys.modules and '_pytest.tmpdir' in sys.modules, 'it was to be warm'\n"
         "left = [name for name in sys.modules if name == 'spec' or name.partition('.')[0] in ('reference', 'hypothesis')]\n"
         "assert left == [], left\n"
     )

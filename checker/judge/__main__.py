@@ -2,6 +2,7 @@
 
 It is started as `python -I -m checker.judge FD [warm]`, with FD one end of a socket pair. A request is a line of JSON with three
 descriptors (events, output, trace) in its wake; the answer is {"ended": ...} once the fork and everything below it are gone.
+A warm worker forks for the next check while nobody asks; that spare gets its check in the same form, over a socket of its own.
 """
 
 from __future__ import annotations
@@ -13,90 +14,15 @@ import select
 import signal
 import socket
 import sys
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from checker.judge import compiled, processes
+from checker.judge import compiled, processes, warming
 
-# Python specializes code that runs often and writes that into the code: what the worker has run, its forks need not write again
-_TRIVIAL = """
-import pytest
-
-@pytest.fixture
-def one():
-    return 1
-
-@pytest.fixture
-def two(one):
-    return 2
-
-@pytest.mark.parametrize("three", range(30))
-def test_parameters(two, three):
-    assert two == 2
-
-def test_plain(one):
-    assert one == 1
-"""
-
-
-def preload() -> None:
-    """Import what every check needs. Nothing here may start a thread or touch a device: each fork would inherit a broken one."""
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-
-    import checker.judge.child
-    import checker.judge.plugin
-    import checker.testing  # noqa: F401
-
-    torch.set_num_threads(1)
-
-
-def warming() -> list[Callable[[], None]]:
-    """What a warm worker does while nobody asks: it imports what torch loads late, step by step, so that no check pays for it.
-
-    The first check does not wait for any of it, so a warm worker's first verdict comes when a cold one would have come.
-    """
-
-    def compiler() -> None:
-        import torch._dynamo  # noqa: F401
-
-    def libraries() -> None:
-        import torch.nn.utils
-        import torch.optim
-        import torch.testing
-        import torch.utils.data
-        import torch.utils.flop_counter  # noqa: F401
-
-        torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
-        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-
-    def session() -> None:
-        import pytest
-        import pytest_timeout
-
-        from checker.judge.child import pytest_arguments
-
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        with (
-            tempfile.TemporaryDirectory(prefix="kata-") as folder,
-            open(os.devnull, "w") as null,
-            contextlib.redirect_stdout(null),
-            contextlib.redirect_stderr(null),
-        ):
-            Path(folder, "spec.py").write_text(_TRIVIAL, encoding="utf-8")
-            pytest.main(pytest_arguments(folder), plugins=[pytest_timeout])
-        sys.modules.pop("spec", None)
-
-    def freeze() -> None:
-        import gc
-
-        gc.collect()
-        gc.freeze()
-
-    return [compiler, libraries, session, freeze]
+_TRACE = 0.1  # seconds in which a check that is to be ended may write where it is
+_IDLE = 0.05  # seconds without a request before a warm worker forks for the next one: checks in a row need no spare
 
 
 class Server:
@@ -104,13 +30,17 @@ class Server:
 
     def __init__(self, control: socket.socket) -> None:
         self.control, self.buffer, self.fds = control, b"", []
+        # the fork that waits for its check, and our end of its socket
+        self.spare: tuple[int, socket.socket] | None = None
 
     def serve(self, later: list[Callable[[], None]]) -> None:
-        """The loop: receive, fork, wait, end the tree, answer; in idle moments do one thing of `later`."""
+        """The loop: receive, fork, wait, end the tree, answer; in idle moments do one thing of `later`, at last make a spare fork."""
         warm = bool(later)
         while True:
             while later and not self.asked():
                 later.pop(0)()
+            if warm and not self.asked(_IDLE):
+                self.prepare()
             message = self.receive()
             if message is None:
                 processes.end_descendants(os.getpid())
@@ -120,9 +50,9 @@ class Server:
                 if warm and not later:
                     later += compiled.steps(Path(message["request"]["reference"]))
 
-    def asked(self) -> bool:
-        """Whether a message waits."""
-        return b"\n" in self.buffer or bool(select.select([self.control], [], [], 0)[0])
+    def asked(self, within: float = 0.0) -> bool:
+        """Whether a message waits, or comes within some seconds."""
+        return b"\n" in self.buffer or bool(select.select([self.control], [], [], within)[0])
 
     def receive(self) -> dict[str, Any] | None:
         """The next message with its descriptors in self.fds; None at the end."""
@@ -149,20 +79,70 @@ class Server:
             from checker.judge import child
 
             child.main(request, events, output, trace)
-        pid = os.fork()
-        if pid == 0:
-            self.control.close()
-            processes.die_with_parent()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            from checker.judge import child
-
-            child.main(request, events, output, trace)
+        pid = self.hand_over(request, [events, output, trace])
+        if pid is None:
+            pid = os.fork()
+            if pid == 0:
+                self.run(request, [events, output, trace])
         for fd in (events, output, trace):
             os.close(fd)
         status, why = self.wait(pid)
         rounds = processes.end_descendants(os.getpid())
         processes.reap()
         self.answer({"ended": {"status": status, "why": why, "left": rounds}})
+
+    def run(self, request: dict[str, Any], fds: list[int]) -> NoReturn:
+        """Be the fork of one check."""
+        self.control.close()
+        processes.die_with_parent()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from checker.judge import child
+
+        child.main(request, *fds)
+
+    def prepare(self) -> None:
+        """Fork for the next check already now: the fork rehearses, says that it is ready, and waits for its check.
+
+        It holds nothing of a kata: what it rehearses with is trivial. If it fails, the next check gets a fork of its own.
+        """
+        if self.spare is not None or processes.threads() != 1:
+            return
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            self.spare = pid, ours
+            return
+        try:
+            self.control.close()
+            ours.close()
+            processes.die_with_parent()
+            warming.rehearse()
+            theirs.sendall(b".")
+            fork = Server(theirs)
+            message = fork.receive()
+            if message is not None:
+                fork.run(message["request"], fork.fds)
+        finally:
+            os._exit(70)
+
+    def hand_over(self, request: dict[str, Any], fds: list[int]) -> int | None:
+        """Give a check to the fork that waits for one; its process, or None if none is ready."""
+        if self.spare is None:
+            return None
+        (pid, spare), self.spare = self.spare, None
+        with spare, contextlib.suppress(OSError):
+            spare.setblocking(False)
+            if spare.recv(1):  # else it is gone; a BlockingIOError says that it is still at its rehearsal
+                spare.settimeout(1.0)
+                line = json.dumps({"request": request}).encode() + b"\n"
+                socket.send_fds(spare, [line[:1]], fds)
+                spare.sendall(line[1:])
+                return pid
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        return None
 
     def wait(self, pid: int) -> tuple[int | None, str]:
         """Wait for the fork; kill it when the other end says so or goes away. Returns (wait status, why it was killed)."""
@@ -179,6 +159,10 @@ class Server:
             if self.control in ready:
                 message = self.receive()
                 why = "the other end went away" if message is None else message.get("kill", "")
+                if message is not None and why != "cancelled" and processes.WHERE is not None:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, processes.WHERE)
+                    time.sleep(_TRACE)
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
@@ -207,9 +191,9 @@ def main() -> None:
     processes.adopt_orphans()
     control = socket.socket(fileno=int(sys.argv[1]))
     server = Server(control)
-    preload()
-    server.answer({"ready": {"threads": processes.threads(), "pid": os.getpid()}})
-    server.serve(warming() if warm else [])
+    warming.preload()
+    server.answer({"ready": {"threads": processes.threads(), "pid": os.getpid(), "program": __file__}})
+    server.serve(warming.steps() if warm else [])
 
 
 main()

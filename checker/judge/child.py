@@ -19,7 +19,7 @@ def main(request: dict[str, Any], events: int, output: int, trace: int) -> None:
     status = 70
     try:
         _surround(request, output, trace)
-        _check(request, events, trace)
+        _check(request, events)
         status = 0
     except BaseException as error:
         with contextlib.suppress(BaseException):
@@ -36,11 +36,12 @@ def pytest_arguments(folder: str) -> list[str]:
 
     pytest_timeout is to be given as a module: by its name, pytest would look through all installed packages for it.
     """
-    arguments = [str(Path(folder) / "spec.py"), "-q", "-s", "-c", os.devnull]
+    arguments = [str(Path(folder) / "spec.py"), "-c", os.devnull]
     arguments += ["--rootdir", folder, "--confcutdir", folder, "--noconftest"]
     arguments += ["--import-mode=importlib", "--strict-markers", "-o", "timeout_func_only=true"]
-    for plugin in ("cacheprovider", "faulthandler", "warnings", "doctest", "junitxml", "pastebin", "setuponly", "setupplan", "stepwise",
-                   "logging", "unittest", "threadexception", "unraisableexception", "debugging"):  # fmt: skip
+    for plugin in ("terminal", "capture", "skipping", "warnings", "logging", "recwarn", "subtests", "legacypath", "cacheprovider",
+                   "stepwise", "faulthandler", "debugging", "doctest", "unittest", "junitxml", "pastebin", "setuponly", "setupplan",
+                   "threadexception", "unraisableexception"):  # fmt: skip
         arguments += ["-p", f"no:{plugin}"]
     return arguments
 
@@ -72,6 +73,8 @@ def _surround(request: dict[str, Any], output: int, trace: int) -> None:
             (folder / name).write_text(source, encoding="utf-8")
         sys.path.append(str(folder))
     faulthandler.enable(file=trace, all_threads=False)
+    if hasattr(faulthandler, "register"):  # the worker asks with this signal before it ends a check that took too long
+        faulthandler.register(processes.WHERE, file=trace, all_threads=True)
     _limit(request["limits"])
 
 
@@ -95,7 +98,7 @@ def _limit(limits: dict[str, Any]) -> None:
         lower(resource.RLIMIT_AS, now + limits["memory"])
 
 
-def _check(request: dict[str, Any], events: int, trace: int) -> None:
+def _check(request: dict[str, Any], events: int) -> None:
     import numpy as np
     import torch
 
@@ -132,10 +135,11 @@ def _check(request: dict[str, Any], events: int, trace: int) -> None:
     from checker.judge.plugin import Judge
 
     folder = request["kata"]["folder"]
-    judge = Judge(request, channel, sources, trace)
+    # the plugin could start a timer for a stack dump, but that is a thread for each test
+    judge = Judge(request, channel, sources, None)
     _cache_rewritten_specs(Path(folder) / "spec.py")
     try:
-        code = pytest.main(pytest_arguments(folder), plugins=[judge, pytest_timeout])
+        code = pytest.main(pytest_arguments(folder), plugins=[judge, pytest_timeout, _Silence()])
     except Exception:
         if not judge.concluded:  # for instance because the learner's code removed the folder that pytest goes back to
             raise
@@ -145,6 +149,19 @@ def _check(request: dict[str, Any], events: int, trace: int) -> None:
         channel.send("fault", message="\n".join(judge.faults)[:4000])
     elif code in (3, 4):
         channel.send("fault", message=f"pytest ended with {code!r}")
+
+
+class _Silence:
+    """Stands for pytest's terminal reporter, which is not loaded, where pytest_timeout wants to write stacks to it."""
+
+    def pytest_configure(self, config: Any) -> None:
+        """Register a reporter that has nothing but a writer to nowhere."""
+        from types import SimpleNamespace
+
+        from _pytest._io import TerminalWriter
+
+        null = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        config.pluginmanager.register(SimpleNamespace(_tw=TerminalWriter(null)), "terminalreporter")
 
 
 def _cache_rewritten_specs(spec: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 
 LINUX = sys.platform.startswith("linux")
+WHERE = getattr(signal, "SIGUSR1", None)  # at this signal a check writes where its threads are
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
