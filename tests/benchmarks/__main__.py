@@ -72,6 +72,7 @@ def question(track, kata):
 def checks(track, katas, runs, worker):
     """Per kata: warm verdict, cold verdict and `python -m pytest` on the same spec, with the reference as solution.
 
+    Bodies are the times from start to finish of each test: its call and fixtures, and what pytest does around them.
     Yields (folder name, row), so that a long run that is stopped has kept what it measured.
     """
     for kata in katas:
