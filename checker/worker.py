@@ -26,7 +26,7 @@ from typing import Any
 import checker
 from checker.errors import OurFault
 from checker.judge import processes
-from checker.judge.events import parse
+from checker.judge.events import ask, parse
 from checker.run import Limits, Run
 
 # What a worker keeps of the environment: no PYTHON*, no PYTEST*, no LD_PRELOAD.
@@ -205,13 +205,11 @@ class _Gathering:
         events, their_events = os.pipe()
         output, their_output = os.pipe()
         trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-        line = json.dumps({"request": self.request}).encode() + b"\n"
         self.readers = {"events": events, "output": output}
         try:
             try:
                 self.worker.control.setblocking(True)
-                socket.send_fds(self.worker.control, [line[:1]], [their_events, their_output, trace.fileno()])
-                self.worker.control.sendall(line[1:])
+                ask(self.worker.control, self.request, [their_events, their_output, trace.fileno()])
             except OSError:
                 self.result.ended = "worker"
             finally:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from checker.judge import compiled, processes, warming
+from checker.judge.events import ask
 
 _TRACE = 0.1  # seconds in which a check that is to be ended may write where it is
 _IDLE = 0.05  # seconds without a request before a warm worker forks for the next one: checks in a row need no spare
@@ -135,9 +136,7 @@ class Server:
             spare.setblocking(False)
             if spare.recv(1):  # else it is gone; a BlockingIOError says that it is still at its rehearsal
                 spare.settimeout(1.0)
-                line = json.dumps({"request": request}).encode() + b"\n"
-                socket.send_fds(spare, [line[:1]], fds)
-                spare.sendall(line[1:])
+                ask(spare, request, fds)
                 return pid
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)

@@ -73,7 +73,7 @@ def _surround(request: dict[str, Any], output: int, trace: int) -> None:
             (folder / name).write_text(source, encoding="utf-8")
         sys.path.append(str(folder))
     faulthandler.enable(file=trace, all_threads=False)
-    if hasattr(faulthandler, "register"):  # the worker asks with this signal before it ends a check that took too long
+    if processes.WHERE is not None:  # the worker asks with this signal before it ends a check that took too long
         faulthandler.register(processes.WHERE, file=trace, all_threads=True)
     _limit(request["limits"])
 

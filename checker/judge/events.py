@@ -1,4 +1,8 @@
-"""The event pipe: one JSON record per line, with its seal, written by the process started for the check and by no fork of it."""
+"""What goes to a check and what comes back.
+
+A request is a line of JSON with descriptors in its wake. The event pipe has one JSON record per line, with its seal, written by the
+process that was started for the check and by no fork of it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,16 @@ import hashlib
 import hmac
 import json
 import os
+import socket
+from collections.abc import Sequence
 from typing import Any
+
+
+def ask(control: socket.socket, request: dict[str, Any], fds: Sequence[int]) -> None:
+    """Send the request for a check with its descriptors (events, output, trace); raises OSError if nobody takes it."""
+    line = json.dumps({"request": request}).encode() + b"\n"
+    socket.send_fds(control, [line[:1]], fds)
+    control.sendall(line[1:])
 
 
 def seal(nonce: str, text: str, _hash: Any = hashlib.blake2b) -> str:
