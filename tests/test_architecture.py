@@ -10,7 +10,6 @@ MODULES = sorted((ROOT / "checker").rglob("*.py"))
 LONG = {
     "judge/meter.py": "one table of what each operation costs, beside the mode that reads it",
     "mutants.py": "one small function per mutation operator",
-    "judge/plugin.py": "pytest's hooks and the order of a check belong together",
     "watch.py": "one screen",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import os
 import random
@@ -32,15 +33,12 @@ def main(request: dict[str, Any], events: int, output: int, trace: int) -> None:
 
 
 def pytest_arguments(folder: str) -> list[str]:
-    """The command line with which pytest runs the spec in `folder`: no settings, no conftest and no plugin but those that a check needs.
-
-    pytest_timeout is to be given as a module: by its name, pytest would look through all installed packages for it.
-    """
+    """The command line with which pytest runs the spec in `folder`: no settings, no conftest and no plugin but those that a check needs."""
     arguments = [str(Path(folder) / "spec.py"), "-c", os.devnull]
     arguments += ["--rootdir", folder, "--confcutdir", folder, "--noconftest"]
-    arguments += ["--import-mode=importlib", "--strict-markers", "-o", "timeout_func_only=true"]
-    for plugin in ("terminal", "capture", "skipping", "warnings", "logging", "recwarn", "subtests", "legacypath", "cacheprovider",
-                   "stepwise", "faulthandler", "debugging", "doctest", "unittest", "junitxml", "pastebin", "setuponly", "setupplan",
+    arguments += ["--import-mode=importlib", "--strict-markers"]
+    for plugin in ("terminal", "capture", "skipping", "warnings", "logging", "recwarn", "subtests", "legacypath", "tmpdir",
+                   "cacheprovider", "stepwise", "faulthandler", "debugging", "doctest", "unittest", "junitxml", "pastebin", "setuponly", "setupplan",
                    "threadexception", "unraisableexception"):  # fmt: skip
         arguments += ["-p", f"no:{plugin}"]
     return arguments
@@ -130,16 +128,15 @@ def _check(request: dict[str, Any], events: int) -> None:
     sources.install()
 
     import pytest
-    import pytest_timeout
 
     from checker.judge.plugin import Judge
 
     folder = request["kata"]["folder"]
-    # the plugin could start a timer for a stack dump, but that is a thread for each test
-    judge = Judge(request, channel, sources, None)
+    judge = Judge(request, channel, sources)
     _cache_rewritten_specs(Path(folder) / "spec.py")
+    gc.disable()  # until the tests are collected: pytest makes many objects then, and no garbage
     try:
-        code = pytest.main(pytest_arguments(folder), plugins=[judge, pytest_timeout, _Silence()])
+        code = pytest.main(pytest_arguments(folder), plugins=[judge, _Silence()])
     except Exception:
         if not judge.concluded:  # for instance because the learner's code removed the folder that pytest goes back to
             raise

@@ -5,8 +5,6 @@ Only code is kept: a fork still reads each file, compares its text, and runs the
 
 from __future__ import annotations
 
-import linecache
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -35,13 +33,6 @@ def _compile(file: Path) -> None:
 class Sources(modules.Sources):
     """Sources for a fork: they run compiled code where it was made of the very text that the file has now."""
 
-    def install(self) -> None:
-        """Go first on the import path; before the fork nothing of a track was imported, so there is nothing to forget.
-
-        A look at each of the thousands of modules that torch brings would copy them into the fork.
-        """
-        sys.meta_path.insert(0, self)
-
     def exec_module(self, module: ModuleType) -> None:
         """Run the module's source; the learner's own is always compiled here."""
         name, path = module.__name__, module.__spec__.origin
@@ -50,5 +41,4 @@ class Sources(modules.Sources):
             super().exec_module(module)
             return
         _, text, code = known
-        linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-        exec(code, module.__dict__)
+        modules.execute(module, text, path, code)

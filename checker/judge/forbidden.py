@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -97,13 +98,19 @@ def _resolve(name: str) -> Any:
     return None
 
 
-def forbidden_import(source: str) -> tuple[int, str] | None:
-    """The first import of the program's own packages in a learner's file: (line, name), or None."""
+@functools.lru_cache(maxsize=1)
+def _parsed(source: str) -> ast.Module | None:
+    """The syntax tree of a learner's file, parsed once for all tasks; None if it has an error."""
     try:
-        tree = ast.parse(source)
+        return ast.parse(source)
     except (SyntaxError, ValueError):
         return None
-    for node in ast.walk(tree):
+
+
+def forbidden_import(source: str) -> tuple[int, str] | None:
+    """The first import of the program's own packages in a learner's file: (line, name), or None."""
+    tree = _parsed(source)
+    for node in ast.walk(tree) if tree else ():
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         for name in names:
@@ -213,9 +220,8 @@ class _Operations(TorchDispatchMode):
 
 def loop_line(source: str, names: Iterable[str]) -> tuple[int, str] | None:
     """The first loop in the code of `names` or of helpers in the same file that they call: (line, what it is), or None."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+    tree = _parsed(source)
+    if tree is None:
         return None
     tops = {
         node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))

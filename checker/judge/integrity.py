@@ -17,16 +17,16 @@ import torch
 MODULES = (
     "torch", "torch.nn.functional", "torch.testing", "torch.linalg", "torch.autograd", "torch.autograd.gradcheck", "torch.nn.init",
     "math", "operator", "functools", "itertools", "json", "os", "signal", "time", "hmac", "hashlib", "inspect", "traceback", "linecache",
-    "_pytest.runner", "_pytest.reports", "_pytest.python", "_pytest.outcomes", "_pytest.main", "_pytest.config", "pluggy._manager",
+    "_pytest.runner", "_pytest.fixtures", "_pytest.reports", "_pytest.python", "_pytest.outcomes", "_pytest.main", "_pytest.config", "pluggy._manager",
     "pluggy._hooks", "pluggy._callers", "pytest_timeout", "checker.testing", "checker.judge.failures",
     "checker.judge.compare", "checker.judge.plugin",
     "checker.judge.recorder", "checker.judge.forbidden", "checker.judge.meter", "checker.judge.integrity", "checker.judge.describe",
-    "checker.judge.diagnose", "checker.judge.events",
+    "checker.judge.diagnose", "checker.judge.events", "checker.judge.given", "checker.judge.signatures",
 )  # fmt: skip
 CLASSES = (
-    "torch.Tensor", "torch.nn.Module", "torch.nn.Parameter", "torch.Generator", "_pytest.runner.CallInfo", "_pytest.reports.TestReport", "_pytest.python.Function",
+    "torch.Tensor", "torch.nn.Module", "torch.nn.Parameter", "torch.Generator", "_pytest.runner.CallInfo", "_pytest.runner.SetupState", "_pytest.python.Function",
     "_pytest.python.Module", "_pytest.main.Session", "pluggy._manager.PluginManager", "pluggy._hooks.HookCaller",
-    "checker.judge.failures.Mismatch", "checker.judge.plugin.Judge", "checker.judge.recorder.Solution", "checker.judge.events.Channel",
+    "checker.judge.failures.Mismatch", "checker.judge.plugin.Judge", "checker.judge.given.Given", "checker.judge.given.Values", "checker.judge.recorder.Solution", "checker.judge.events.Channel",
     "checker.judge.meter.Meter", "checker.judge.forbidden.Guard", "checker.judge.forbidden._Functions", "checker.judge.forbidden._Operations",
 )  # fmt: skip
 # torch wraps these itself when its compiler is first imported, which an optimizer's constructor does
@@ -88,7 +88,7 @@ class Globals:
             "default dtype": torch.get_default_dtype(),
             "grad mode": torch.is_grad_enabled(),
             "inference mode": torch.is_inference_mode_enabled(),
-            "default device": torch.get_default_device(),
+            "default device": torch.empty(0).device,
             "number of threads": torch.get_num_threads(),
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         }

@@ -15,7 +15,7 @@ import linecache
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 
@@ -38,10 +38,10 @@ class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.used: dict[str, str] = {}
 
     def install(self) -> None:
-        """Go first on the import path, and forget what another track left behind."""
-        for name in list(sys.modules):
-            if name in self.days or name == "reference" or name.startswith("reference."):
-                del sys.modules[name]
+        """Go first on the import path. Nothing of a track was imported before, so there is nothing to forget.
+
+        A look at each of the thousands of modules that torch brings would copy them into the fork.
+        """
         sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
@@ -85,10 +85,10 @@ class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             self.used[name] = f"yours, but {', '.join(self.lent[name])} of the reference"
 
 
-def execute(module: ModuleType, source: str, path: str) -> None:
-    """Run `source` in `module` under the name of `path`, so that tracebacks show its lines."""
+def execute(module: ModuleType, source: str, path: str, code: CodeType | None = None) -> None:
+    """Run `source` (or `code`, if it was compiled before) in `module` under the name of `path`, so that tracebacks show its lines."""
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+    exec(code or compile(source, path, "exec", dont_inherit=True), module.__dict__)
 
 
 def fresh(name: str, source: str, path: str, replaced: Mapping[str, Any] | None = None) -> ModuleType:

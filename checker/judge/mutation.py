@@ -71,7 +71,6 @@ def _mutant(judge: Judge, mutant: dict[str, Any], items: list[Any], writer: int)
     """In the fork: run the tests until one fails, say which, and end."""
     killed_by = None
     try:
-        judge.trace_fd = None
         judge.source = mutant["source"]
         judge.sources.learner[judge.slug] = (judge.path, mutant["source"])
         try:

@@ -80,7 +80,6 @@ def _libraries() -> None:
 def _session() -> None:
     """A trivial session of pytest. Python writes into code that runs often; what was run here is not written again by a fork."""
     import pytest
-    import pytest_timeout
 
     from checker.judge.child import pytest_arguments
 
@@ -92,7 +91,7 @@ def _session() -> None:
         contextlib.redirect_stderr(null),
     ):
         Path(folder, "spec.py").write_text(_TRIVIAL, encoding="utf-8")
-        pytest.main(pytest_arguments(folder), plugins=[pytest_timeout])
+        pytest.main(pytest_arguments(folder))
     sys.modules.pop("spec", None)
 
 

@@ -72,7 +72,8 @@ def question(track, kata):
 def checks(track, katas, runs, worker):
     """Per kata: warm verdict, cold verdict and `python -m pytest` on the same spec, with the reference as solution.
 
-    Bodies are the times from start to finish of each test: its call and fixtures, and what pytest does around them.
+    Bodies are the times in the functions of the tests. Above them lies all else: from the request to the last event, the collection of
+    the spec, its fixtures, and what is done around each test.
     Yields (folder name, row), so that a long run that is stopped has kept what it measured.
     """
     for kata in katas:
@@ -83,7 +84,7 @@ def checks(track, katas, runs, worker):
             run = worker.run(dict(asked), request.limits(kata))
             if number:  # the first compiles the spec
                 warm.append(run.seconds)
-                bodies.append(sum(event["seconds"] for event in run.of("finish")))
+                bodies.append(sum(event["called"] for event in run.of("finish")))
                 above.append(run.seconds - bodies[-1])
         cold = []
         for _ in range(runs):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checker.judge.plugin import Values, derive
+from checker.judge.given import Values, derive
 
 SLUG = os.environ["KATA_BENCH_SLUG"]
 DTYPES = os.environ["KATA_BENCH_DTYPES"].split(",")

@@ -32,6 +32,7 @@ EXPECTED = {
     "patched_report": ("tampered", None, "CallInfo"),
     "patched_runtest": ("tampered", None, "Function.runtest"),
     "patched_plugin": ("tampered", None, "Judge.run"),
+    "patched_values": ("tampered", None, "Values.randn"),
     "imported_reference": ("error", None, "imports reference.day01_scale"),
     "imported_checker": ("error", None, "imports checker.testing"),
     "tensor_subclass": ("failed", "failed", ""),
