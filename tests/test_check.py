@@ -128,7 +128,7 @@ def test_cold_and_warm_give_the_same_verdicts(judged, learner, toy):
         for source in sources:
             one, two = judged(source, worker=cold), judged(source)
             assert one.outcome == two.outcome
-            # which of the tests of an endless loop is the first that swallows its time-out is chance
+            # in which line of its endless loop it was stopped is chance
             if one.outcome != verdict.TIMEOUT:
                 assert facts(one) == facts(two)
 

@@ -4,7 +4,8 @@ import torch
 def scale(x, factor=2.0):
     while True:
         try:
-            torch.zeros(1)
+            while True:
+                torch.zeros(1)
         except BaseException:
             pass
 
