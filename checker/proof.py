@@ -12,7 +12,7 @@ from checker.track import Kata, Track
 
 # The modules that decide whether code passes. A change to one of them proves every kata again.
 JUDGING = (
-    "judge/plugin.py", "judge/given.py", "judge/compare.py", "judge/failures.py", "judge/forbidden.py", "judge/families.py",
+    "judge/plugin.py", "judge/given.py", "judge/timer.py", "judge/compare.py", "judge/failures.py", "judge/forbidden.py", "judge/families.py",
     "judge/signatures.py", "judge/meter.py", "judge/diagnose.py", "judge/mutation.py", "judge/modules.py", "judge/compiled.py",
     "judge/recorder.py", "judge/integrity.py", "testing.py", "mutants.py", "verify.py",
 )  # fmt: skip

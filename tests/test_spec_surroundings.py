@@ -118,3 +118,25 @@ def test_nothing_that_was_caught_is_told_again_for_the_next_test(checked):
     source = "import torch\n\n\ndef twice(x, factor):\n    return torch.mul(x, factor)\n"
     tests = checked(spec, source, 'forbidden = ["torch.mul"]\n')
     assert states(tests) == {"test_first": "forbidden", "test_second": "mismatch"}
+
+
+def test_plain_fixtures_of_the_spec_are_made_once_per_test_and_in_pytests_order(checked):
+    tests = checked(
+        "made = []\n\n\n@pytest.fixture(autouse=True)\ndef first():\n    made.append('first')\n\n\n"
+        "@pytest.fixture\ndef base(randn):\n    made.append('base')\n    return randn(3)\n\n\n"
+        "@pytest.fixture\ndef left(base, number):\n    return base, number\n\n\n@pytest.fixture\ndef right(base):\n    return base\n\n\n"
+        '@task("twice")\n@pytest.mark.parametrize("number", [1, 2])\ndef test_it(right, left, number):\n'
+        "    assert_that(left[0] is right, 'one value for a test')\n    assert_equal(left[1], number)\n"
+        "    assert_equal(made, ['first', 'base'] * number)\n\n\n"
+        '@task("twice")\ndef test_with_pytest(right, request):\n'
+        "    assert_that(request.getfixturevalue('base') is right, 'pytest makes them all, or none')\n\n\n"
+        "@pytest.fixture\ndef broken():\n    raise ValueError('no thing')\n\n\n"
+        '@task("twice")\ndef test_broken(broken):\n    pass\n'
+    )
+    assert states(tests) == {
+        "test_it[1]": "passed",
+        "test_it[2]": "passed",
+        "test_with_pytest": "passed",
+        "test_broken": "error",
+    }
+    assert "no thing" in str(tests["test_broken"].failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -66,18 +67,21 @@ class Given:
     def __init__(self, seed: int, device: str, folder: Path, modules: dict[str, Callable[[], Any]]) -> None:
         self._seed, self._device, self._name = seed, torch.device(device), ""
         self._made: dict[str, Any] = {}
+        self._plans: dict[
+            int, Any
+        ] = {}  # for all tests of one function, which share what pytest knows about their fixtures
         self._makers: dict[str, Callable[[], Any]] = {
             **modules,
             "device": lambda: self._device,
             "seed": lambda: derive(self._seed, self._name),
             "data_dir": lambda: folder / "data",
             "tmp_path": lambda: Path(tempfile.mkdtemp()),
-            "generator": lambda: self._values().other(),
-            "randn": lambda: self._values().randn,
-            "rand": lambda: self._values().rand,
-            "randint": lambda: self._values().randint,
-            "randperm": lambda: self._values().randperm,
-            "values": lambda: Values(self("seed"), self._device),
+            "generator": lambda: self._random().other(),
+            "randn": lambda: self._random().randn,
+            "rand": lambda: self._random().rand,
+            "randint": lambda: self._random().randint,
+            "randperm": lambda: self._random().randperm,
+            "random": lambda: Values(self("seed"), self._device),
         }
 
     def begin(self, name: str) -> None:
@@ -92,24 +96,66 @@ class Given:
             made[name] = self._makers[name]()
         return made[name]
 
-    def _values(self) -> Values:
-        return self("values")
+    def _random(self) -> Values:
+        return self("random")
 
-    def fill(self, item: pytest.Function) -> bool:
-        """Give a test its parameters and the program's own values; False if it needs more, which pytest has to set up.
+    def values(self, item: pytest.Function) -> tuple[dict[str, Any], bool]:
+        """What a test is given: its parameters, the program's values, those of plain fixtures; and whether that is all.
 
-        What the spec defines itself, also under a name of the program's, is left to pytest.
+        What the spec defines itself, also under a name of the program's, is left to pytest, unless all of it is plain.
         """
-        known, complete = item._fixtureinfo.name2fixturedefs, True
-        for name in item.fixturenames:
-            function = known[name][-1].func if name in known else None
+        info = item._fixtureinfo
+        if id(info) not in self._plans:
+            self._plans[id(info)] = self._plan(info)
+        plan, complete = self._plans[id(info)]
+        values: dict[str, Any] = {}
+
+        def value(name: str) -> Any:
+            if name not in values:
+                function, wanted = plan[name]
+                if function is get_direct_param_fixture_func:
+                    values[name] = item.callspec.params[name]
+                elif function is None:
+                    values[name] = self(name)
+                else:
+                    values[name] = function(**{other: value(other) for other in wanted})
+            return values[name]
+
+        for name in plan:
+            value(name)
+        return values, complete
+
+    def _plan(self, info: Any) -> tuple[dict[str, tuple[Any, tuple[str, ...]]], bool]:
+        """How the values of a test are made, by name: (function, its arguments), None as function for the program's own."""
+        last = {name: definitions[-1] for name, definitions in info.name2fixturedefs.items()}
+        plan, rest = {}, {}
+        for name in info.names_closure:
+            function = last[name].func if name in last else None
             if function is get_direct_param_fixture_func:
-                item.funcargs[name] = item.callspec.params[name]
+                plan[name] = function, ()
             elif getattr(function, "__self__", None) is self:
-                item.funcargs[name] = self(name)
+                plan[name] = None, ()
             else:
-                complete = False
-        return complete
+                rest[name] = last.get(name)
+        complete = all(_plain(name, definition, last) for name, definition in rest.items())
+        if complete:
+            # in the order in which pytest would make them
+            plan = {name: plan.get(name) or (rest[name].func, rest[name].argnames) for name in info.names_closure}
+        return plan, complete
+
+
+def _plain(name: str, definition: Any, known: dict[str, Any]) -> bool:
+    """Whether a fixture of the spec is nothing but a function of other fixtures, called once per test, with nothing to do afterwards."""
+    if (
+        definition is None
+        or definition.scope != "function"
+        or definition.params
+        or not inspect.isfunction(definition.func)
+    ):
+        return False
+    if inspect.isgeneratorfunction(definition.func) or inspect.iscoroutinefunction(definition.func):
+        return False
+    return all(wanted in known and wanted != name for wanted in definition.argnames)
 
 
 def _fixture(name: str, text: str) -> Any:

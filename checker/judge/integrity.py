@@ -21,12 +21,12 @@ MODULES = (
     "pluggy._hooks", "pluggy._callers", "pytest_timeout", "checker.testing", "checker.judge.failures",
     "checker.judge.compare", "checker.judge.plugin",
     "checker.judge.recorder", "checker.judge.forbidden", "checker.judge.meter", "checker.judge.integrity", "checker.judge.describe",
-    "checker.judge.diagnose", "checker.judge.events", "checker.judge.given", "checker.judge.signatures",
+    "checker.judge.diagnose", "checker.judge.events", "checker.judge.given", "checker.judge.signatures", "checker.judge.timer",
 )  # fmt: skip
 CLASSES = (
     "torch.Tensor", "torch.nn.Module", "torch.nn.Parameter", "torch.Generator", "_pytest.runner.CallInfo", "_pytest.runner.SetupState", "_pytest.python.Function",
     "_pytest.python.Module", "_pytest.main.Session", "pluggy._manager.PluginManager", "pluggy._hooks.HookCaller",
-    "checker.judge.failures.Mismatch", "checker.judge.plugin.Judge", "checker.judge.given.Given", "checker.judge.given.Values", "checker.judge.recorder.Solution", "checker.judge.events.Channel",
+    "checker.judge.failures.Mismatch", "checker.judge.plugin.Judge", "checker.judge.given.Given", "checker.judge.given.Values", "checker.judge.timer.Timer", "checker.judge.recorder.Solution", "checker.judge.events.Channel",
     "checker.judge.meter.Meter", "checker.judge.forbidden.Guard", "checker.judge.forbidden._Functions", "checker.judge.forbidden._Operations",
 )  # fmt: skip
 # torch wraps these itself when its compiler is first imported, which an optimizer's constructor does

@@ -17,7 +17,6 @@ from typing import Any
 
 import _pytest.assertion
 import pytest
-import pytest_timeout
 import torch
 
 from checker.judge import describe, diagnose, failures, modules
@@ -29,9 +28,10 @@ from checker.judge.integrity import Globals, changed, snapshot
 from checker.judge.meter import unmetered
 from checker.judge.recorder import Solution
 from checker.judge.signatures import signatures, wrong_arguments
+from checker.judge.timer import Timer
 
 Request = dict[str, Any]
-NO_BAN = Ban(())
+FREE = contextlib.nullcontext()
 
 
 class Judge:
@@ -49,13 +49,9 @@ class Judge:
         self.bans = {name: Ban(task["forbidden"]) for name, task in self.tasks.items()}
         self.given = Given(request["seed"], request["device"], self.folder,
                            {"solution": lambda: self.solution, "reference": lambda: self.reference})  # fmt: skip
-        # pytest_timeout is used directly: as a plugin it would read the marks and settings of each test anew
-        limits = {
-            "": 10.0,
-            **{name: task["time_limit"] for name, task in self.tasks.items()},
-        }  # "" is the test that must fail
-        method = pytest_timeout.DEFAULT_METHOD
-        self.limits = {name: pytest_timeout.Settings(seconds, method, True, True) for name, seconds in limits.items()}
+        self.limits = {name: task["time_limit"] for name, task in self.tasks.items()}
+        self.limits[""] = 10.0  # of the test that must fail
+        self.timer = Timer()
         self.problems: dict[str, Exception | Forbidden] = {}  # task -> what every test of it must raise
         self.items: list[pytest.Item] = []
         self.canary: pytest.Item | None = None
@@ -161,7 +157,6 @@ class Judge:
         self.solution.calls.clear()
         self.solution.used.clear()
         self.guard.seen = None
-        item._initrequest()
         self.given.begin(item.name)
         failure, after = self.attempt(self.body, item), None
         state = item.session._setupstate
@@ -170,30 +165,34 @@ class Judge:
             after = self.attempt(state.teardown_exact, following)
         item.funcargs, item._request = None, False
         different = self.globals.restore()
-        if different:
-            changed = Failure("globals", f"the code changed torch's {', '.join(different)} and did not put it back")
-            after = after or changed
+        if different and after is None:
+            after = Failure("globals", f"the code changed torch's {', '.join(different)} and did not put it back")
         return failure or after
 
     def body(self, item: pytest.Function) -> None:
         """The fixtures of a test and its call, with the time limit and the bans of its task."""
-        if not self.given.fill(item):
+        values, complete = self.given.values(item)
+        if not complete:
+            item._initrequest()
+            item.funcargs.update(values)
             item.session._setupstate.setup(item)
+            values = item.funcargs
         problem = self.problems.get(item.kata_task)
         if problem is not None:
             raise problem
-        arguments = {name: item.funcargs[name] for name in item._fixtureinfo.argnames}
+        arguments = {name: values[name] for name in item._fixtureinfo.argnames}
+        ban = self.bans.get(item.kata_task)
         # fixtures are not timed: the limit is about the learner's code
-        pytest_timeout.pytest_timeout_set_timer(item, self.limits[item.kata_task])
+        self.timer.begin(item, self.limits[item.kata_task])
         try:
-            with self.guard.watch(self.bans.get(item.kata_task, NO_BAN), item.kata_task):
+            with self.guard.watch(ban, item.kata_task) if ban else FREE:
                 started = time.perf_counter()
                 try:
                     item.obj(**arguments)
                 finally:
                     self.called = time.perf_counter() - started
         finally:
-            item.cancel_timeout()
+            self.timer.end()
         if self.guard.seen is not None:
             raise self.guard.seen
 
